@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['nearest', 'refuse_unknown', 'table', 'base_of', 'ImageTokens', 'UnsupportedModel', 'Family', 'register',
-           'known_types', 'family_for']
+           'known_types', 'family_for', 'family_of_processor']
 
 # %% ../../nbs/models/family.ipynb #abfe44ee
 import difflib, re
@@ -77,8 +77,10 @@ class Family:
     turn_start = turn_end = ''               # text that opens an assistant turn; the token that closes it
     image_token = ''                         # the one placeholder a chat template writes for a picture
     image_tokens:tuple = ()                  # every token that stands for picture content: never trained on
+    content_tokens:tuple = ()                # special tokens that a row may write, such as those around a box's corners
     folds_system = 'never'                   # 'never', 'with_images' or 'always': see `folds`
     pad_values:dict = {}                     # per-token tensors beside input_ids and labels, with their padding
+    template_names:tuple = ()                # what other libraries call the family's chat template
     batched_keys:tuple = ()                  # picture tensors that the processor gives a batch dimension
 
     def __init__(self, config): self.config = config
@@ -167,3 +169,12 @@ def family_for(
     if (kind := getattr(config, 'model_type', None)) in _FAMILIES: return _FAMILIES[kind](config)
     raise UnsupportedModel(f"No family is written for the architecture {kind!r} ({', '.join(getattr(config, 'architectures', None) or ['no name given'])}).\n"
         f"Known: {', '.join(known)}.{nearest(kind, known)}\nTo add one, write vlm_ft/models/<name> as nbs/models/qwen2_vl.ipynb does.")
+
+# %% ../../nbs/models/family.ipynb #cea732a2
+def family_of_processor(processor)->type:
+    "The family class of a processor; raises `UnsupportedModel` for one that belongs to none."
+    known_types()
+    name = type(processor).__name__
+    for cls in _FAMILIES.values():
+        if cls.processor_class==name: return cls
+    raise UnsupportedModel(f"No family has a processor of the class {name!r}.\nKnown: {', '.join(sorted({c.processor_class for c in _FAMILIES.values()}))}.")

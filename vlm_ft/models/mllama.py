@@ -56,6 +56,7 @@ class Mllama(Family):
     "Llama 3.2 Vision: up to four tiles a picture, seen through gated cross-attention layers."
     model_types = ('mllama',)
     architecture,processor_class = 'MllamaForConditionalGeneration','MllamaProcessor'
+    template_names = ('llama-3.2','llama-3.1','llama-3','llama3')
     vision,projector,language = 'model.vision_model','model.multi_modal_projector','model.language_model'
     vision_attention = ('self_attn.q_proj','self_attn.k_proj','self_attn.v_proj','self_attn.o_proj')
     vision_mlp,projector_linear = ('mlp.fc1','mlp.fc2'),('',)

@@ -47,6 +47,7 @@ class Pixtral(Family):
     "Pixtral (transformers' Llava form): one token a patch, rows closed by breaks, in the text."
     model_types = ('llava',)
     architecture,processor_class = 'LlavaForConditionalGeneration','PixtralProcessor'
+    template_names = ('pixtral','mistral')
     vision,projector,language = 'model.vision_tower','model.multi_modal_projector','model.language_model'
     vision_attention = ('attention.q_proj','attention.k_proj','attention.v_proj','attention.o_proj')
     vision_mlp = ('feed_forward.gate_proj','feed_forward.up_proj','feed_forward.down_proj')
@@ -78,7 +79,7 @@ class Pixtral(Family):
 
     def n_image_tokens(self, processor, size):
         side,edge = processor.patch_size*processor.spatial_merge_size,processor.image_processor.size['longest_edge']
-        h,w = get_resize_output_image_size(np.empty((size[1],size[0],3), dtype=bool), size=edge, patch_size=side)
+        h,w = get_resize_output_image_size(np.empty((3,size[1],size[0]), dtype=bool), size=edge, patch_size=side)
         if not h*w: raise ValueError(f"A picture of {size[0]}x{size[1]} pixels has no width or height left once its longer side is {edge}.")
         return ImageTokens(text=(h//side)*(w//side+1))
 

@@ -30,12 +30,14 @@ class Qwen2VL(Family):
     "Qwen2-VL: pictures at their own resolution, one token for 2x2 patches, in the text."
     model_types = ('qwen2_vl',)
     architecture,processor_class = 'Qwen2VLForConditionalGeneration','Qwen2VLProcessor'
+    template_names = ('qwen2-vl','qwen2_vl','qwen-2-vl')
     vision,projector,language = 'model.visual','model.visual.merger','model.language_model'
     vision_attention,vision_mlp,projector_linear = ('attn.qkv','attn.proj'),('mlp.fc1','mlp.fc2'),('mlp.0','mlp.2')
     language_attention,language_mlp = ('q_proj','k_proj','v_proj','o_proj'),('gate_proj','up_proj','down_proj')
     turn_start,turn_end = '<|im_start|>assistant\n','<|im_end|>'
     image_token = '<|image_pad|>'
     image_tokens = ('<|vision_start|>','<|image_pad|>','<|video_pad|>','<|vision_end|>')
+    content_tokens = tuple(f'<|{what}_{side}|>' for what in ('object_ref','box','quad') for side in ('start','end'))  # how Qwen writes where a thing is
     pad_values = {'mm_token_type_ids':0}  # 0: text; the model finds pictures for its rotary positions by the 1s
 
     def processor(self, folder, **kwargs): return Qwen2VLProcessor.from_pretrained(folder, **kwargs)
