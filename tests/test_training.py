@@ -1,0 +1,137 @@
+"One optimizer step is one step, however its rows are cut and whoever takes it; whole weights resume on every family."
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from vlm_ft.data import as_dataset
+from vlm_ft.lora import get_peft_model
+from vlm_ft.models.family import family_for
+from vlm_ft.models.tiny import FAMILIES, drawn, tiny
+from vlm_ft.setup import VisionDataCollator, VisionTrainingArguments
+from vlm_ft.training import VisionTrainer
+
+torch.set_num_threads(1)
+
+def row(answer, *pictures):
+    "One question about some pictures, the text before them."
+    ask = [{'type':'text','text':'Read this.'}, *({'type':'image','image':drawn(p, (56,56))} for p in pictures)]
+    return {'messages':[{'role':'user','content':ask}, {'role':'assistant','content':answer}]}
+
+ROWS = [row('no', 'a'), row('x'*400, 'b'), row('yes'), row('a b c', 'c', 'd'), row('ok', 'e'), row('y '*30+'y', 'f'), row('1'), row('hm, hm', 'g')]
+
+def adapted(name, **kwargs):
+    "A tiny model with an adapter whose B is not zero, so that every gradient counts."
+    model,processor = tiny(name)
+    model = get_peft_model(model, r=4, **kwargs)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for n,p in model.named_parameters():
+            if 'lora_B' in n: p.normal_(std=0.02)
+    return model,processor
+
+class Gradients(TrainerCallback):
+    "Keeps the gradients of the first step."
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.grads = {n:p.grad.clone() for n,p in model.named_parameters() if p.grad is not None}
+
+ONE_STEP = dict(max_steps=1, logging_steps=1, max_grad_norm=0, use_cpu=True, save_strategy='no', report_to='none', seed=1)
+
+def our_step(model, processor, batch, accumulate, folder, data=ROWS):
+    "Loss and gradients of one step of VisionTrainer over all rows."
+    seen = Gradients()
+    args = VisionTrainingArguments(folder, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, **ONE_STEP)
+    out = VisionTrainer(model, args, train_dataset=data, processing_class=processor, callbacks=[seen], progress=False).train()
+    return out.training_loss,seen.grads
+
+def gap(a, b):
+    "Largest relative difference, of the losses or of any weight's gradients."
+    assert a[1].keys()==b[1].keys()
+    return max(abs(a[0]-b[0])/abs(a[0]), *(((a[1][n]-b[1][n]).abs().max()/a[1][n].abs().max()).item() for n in a[1]))
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_rows_times_accumulation(name, tmp_path):
+    model,processor = adapted(name)
+    whole = our_step(model, processor, 8, 1, tmp_path)
+    assert len(whole[1])>10 and all(g.abs().max()>0 for g in whole[1].values())
+    for batch,accumulate in ((2,4),(1,8)): assert gap(whole, our_step(model, processor, batch, accumulate, tmp_path))<=1e-5
+
+def test_a_dataset_or_a_file_trains_as_its_list_does(tmp_path):
+    model,processor = adapted('qwen2_vl')
+    ours = our_step(model, processor, 8, 1, tmp_path)
+    assert gap(ours, our_step(model, processor, 8, 1, tmp_path, as_dataset(ROWS)))<=1e-5
+    lines = [json.loads(json.dumps(r, default=lambda im: 'pic.png')) for r in ROWS]          # pictures by reference
+    for i,(r,line) in enumerate(zip(ROWS, lines)):
+        for part,written in zip(r['messages'][0]['content'], line['messages'][0]['content']):
+            if part['type']=='image': part['image'].save(tmp_path/f"{i}_{id(part)}.png"); written['image'] = f"{i}_{id(part)}.png"
+    (tmp_path/'rows.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    assert gap(ours, our_step(model, processor, 8, 1, tmp_path, tmp_path/'rows.jsonl'))<=1e-5
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_plain_transformers_and_torch_take_the_same_step(name, tmp_path):
+    model,processor = adapted(name)
+    ours = our_step(model, processor, 2, 4, tmp_path)
+    collator = VisionDataCollator(model, processor)
+    batches = [collator([r]) for r in ROWS]                                    # every row alone, the sum over all answer tokens
+    model.zero_grad()
+    n = sum((b['labels'][:,1:]!=-100).sum() for b in batches)
+    total = 0.
+    for b in batches:
+        logits = model(**{k:v for k,v in b.items() if k!='labels'}).logits
+        loss = torch.nn.functional.cross_entropy(logits[0,:-1], b['labels'][0,1:], reduction='sum')/n
+        loss.backward(); total += loss.item()
+    assert gap(ours, (total, {n:p.grad for n,p in model.named_parameters() if p.grad is not None}))<=1e-5
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_trl_takes_the_same_step(name, tmp_path):
+    from trl import SFTConfig, SFTTrainer
+    model,processor = adapted(name)
+    ours,seen = our_step(model, processor, 2, 4, tmp_path),Gradients()
+    args = SFTConfig(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, bf16=False, remove_unused_columns=False, dataset_text_field='',
+                     dataset_kwargs={'skip_prepare_dataset':True}, max_length=None, gradient_checkpointing_kwargs={'use_reentrant':False}, **ONE_STEP)
+    trainer = SFTTrainer(model, args, train_dataset=as_dataset(ROWS), processing_class=processor, data_collator=VisionDataCollator(model, processor), callbacks=[seen])
+    out = trainer.train()
+    assert gap(ours, (out.training_loss, seen.grads))<=1e-5
+    collator = VisionDataCollator(model, processor)
+    told = [l['num_tokens'] for l in trainer.state.log_history if 'num_tokens' in l][-1]
+    assert told==sum(len(collator.encode(r)['input_ids']) for r in ROWS)          # padding is not counted
+
+def whole_weights(name, folder, seed=0, resume=None, **kwargs):
+    "Four steps of all weights, a checkpoint after two."
+    model,processor = tiny(name, seed=seed)
+    model.full_finetuning = True
+    model = get_peft_model(model)
+    args = VisionTrainingArguments(folder, use_cpu=True, report_to='none', **{'max_steps':4, 'logging_steps':1, 'save_steps':2, 'per_device_train_batch_size':2, 'gradient_accumulation_steps':1,
+                                   'learning_rate':1e-3, 'save_strategy':'steps', **kwargs})
+    trainer = VisionTrainer(model, args, train_dataset=ROWS, eval_dataset=ROWS[:2] if 'eval_strategy' in kwargs else None, processing_class=processor, progress=False)
+    trainer.train(resume_from_checkpoint=resume)
+    return SimpleNamespace(model=model, trainer=trainer, losses=[l['loss'] for l in trainer.state.log_history if 'loss' in l])
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_whole_weights_resume(name, tmp_path):
+    once = whole_weights(name, tmp_path)
+    again = whole_weights(name, tmp_path, seed=1, resume=tmp_path/'checkpoint-2')  # other weights in memory: all must come from the checkpoint
+    assert once.losses==again.losses
+    for (n,a),b in zip(once.model.named_parameters(), again.model.parameters()): assert torch.equal(a, b), n
+
+def test_the_best_whole_weights_come_back(tmp_path):
+    best = whole_weights('qwen2_vl', tmp_path, max_steps=3, save_steps=1, eval_steps=1, eval_strategy='steps', learning_rate=0.5, lr_scheduler_type='constant', warmup_steps=0,
+                         load_best_model_at_end=True, metric_for_best_model='eval_loss', greater_is_better=False)
+    losses = [l['eval_loss'] for l in best.trainer.state.log_history if 'eval_loss' in l]
+    assert losses[-1]!=min(losses)                                              # the last weights are not the best, or nothing is tested
+    assert best.trainer.evaluate()['eval_loss']==min(losses)
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_frozen_vision_costs_nothing_under_plain_peft(name, tmp_path):
+    "PEFT and transformers would make the inputs of every part require gradients once checkpointing is on."
+    from peft import LoraConfig
+    from peft import get_peft_model as wrap
+    model,processor = tiny(name)
+    family = family_for(model)
+    found,first = [],lambda out: out if torch.is_tensor(out) else out[0]
+    model.get_submodule(family.vision).register_forward_hook(lambda m,i,out: found.append(first(out).requires_grad))
+    model = wrap(model, LoraConfig(r=4, target_modules=family.targets(vision=False)))
+    our_step(model, processor, 8, 1, tmp_path)
+    assert found==[False]
