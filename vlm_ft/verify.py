@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 import torch, torch.nn.functional as F
 from .data import encode
-from .loading import fetched
+from .checkpoint import SMALL_FILES, fetched
 from .models.family import base_of, family_for, table
 from .models.tiny import drawn
 from .weights import Checkpoint, Merge, MergeError, bands, place
@@ -159,7 +159,7 @@ def reload(merge:Merge, folder):
 # %% ../nbs/verify.ipynb #d1a11cc9
 def processor_of(model, processor=None):
     "The processor to save beside a model: the given one, the one it was loaded with, or its checkpoint's."
-    return processor or getattr(model, 'own_processor', None) or family_for(model).processor(fetched(base_of(model).name_or_path, ['*.json','*.jinja','*.txt','*.model']))
+    return processor or getattr(model, 'own_processor', None) or family_for(model).processor(fetched(base_of(model).name_or_path, SMALL_FILES))
 
 # %% ../nbs/verify.ipynb #af57fa19
 def verify_merge(

@@ -13,7 +13,8 @@ import torch
 from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from .loading import fetched, quantized_modules
+from .checkpoint import fetched
+from .loading import quantized_modules
 from .models.family import base_of, nearest
 
 # %% ../nbs/weights.ipynb #254560b0

@@ -10,7 +10,8 @@ import json, pickle, subprocess, sys, tempfile, time
 from pathlib import Path
 import torch
 from .metrics import LOWER_IS_BETTER, score
-from ..loading import check_folder, find, wanted_device
+from ..checkpoint import check_folder, find
+from ..loading import wanted_device
 from ..models.family import table
 
 # %% ../../nbs/evaluation/precision.ipynb #d656c5ae
