@@ -2,6 +2,11 @@
 
 __version__ = "0.1.0"
 
+# bitsandbytes, which transformers and PEFT import, warns that an optional CPU kernel is absent, and at each product of each 8-bit layer
+# that it casts to float16: hundreds of lines a step. Both are known.
+import logging as _logging
+for _name in ('autograd._functions','backends.cpu.ops'): _logging.getLogger(f'bitsandbytes.{_name}').setLevel(_logging.ERROR)
+
 # Where each public name lives. A room is imported when one of its names is first used (PEP 562), so that
 # `import vlm_ft` costs milliseconds and loads neither torch nor the libraries that a step may never need.
 _home = {

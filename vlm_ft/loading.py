@@ -15,9 +15,6 @@ import torch
 from .checkpoint import SMALL_FILES, WEIGHT_FILES, Source, check_folder, fetched, find
 from .models.family import base_of, family_for, nearest, refuse_unknown
 
-# %% ../nbs/00_loading.ipynb #300d303a
-for _noisy in ('autograd._functions','backends.cpu.ops'): logging.getLogger(f'bitsandbytes.{_noisy}').setLevel(logging.ERROR)
-
 # %% ../nbs/00_loading.ipynb #4dfcd683
 def is_bf16_supported()->bool:
     "Whether bfloat16 is native here: on GPUs since Ampere, and on CPUs."
