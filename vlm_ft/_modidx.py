@@ -485,7 +485,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'vlm_ft.setup._one_name': ('setup.html#_one_name', 'vlm_ft/setup.py'),
                               'vlm_ft.setup._same_markers': ('setup.html#_same_markers', 'vlm_ft/setup.py'),
                               'vlm_ft.setup.batch_cost': ('setup.html#batch_cost', 'vlm_ft/setup.py'),
-                              'vlm_ft.setup.bf16_here': ('setup.html#bf16_here', 'vlm_ft/setup.py'),
                               'vlm_ft.setup.pad_batch': ('setup.html#pad_batch', 'vlm_ft/setup.py')},
             'vlm_ft.training': { 'vlm_ft.training.EvalByGeneration': ('training.html#evalbygeneration', 'vlm_ft/training.py'),
                                  'vlm_ft.training.EvalByGeneration.__call__': ( 'training.html#evalbygeneration.__call__',

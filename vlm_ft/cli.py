@@ -95,9 +95,11 @@ def evaluate(a):
     from vlm_ft.evaluation.metrics import score
     from vlm_ft.evaluation.report import examples_from, report_page
     rows = load_rows(a.data)[:a.limit]
+    if a.bits and (given := [o for o in ('dtype','load_in_4bit','load_in_8bit','min_pixels','max_pixels') if getattr(a, o)]):
+        raise ValueError(f"--bits compares precisions at their defaults.\nFound: --{', --'.join(o.replace('_', '-') for o in given)} as well.\nTry: one or the other.")
     if a.bits:
         from vlm_ft.evaluation.precision import compare_precisions
-        return print(compare_precisions(a.model, rows, bits=tuple(a.bits), batch_size=a.batch, max_new_tokens=a.max_new_tokens))
+        return print(compare_precisions(a.model, rows, bits=tuple(a.bits), batch_size=a.batch, max_new_tokens=a.max_new_tokens, device=a.device))
     model,processor = load(a, a.model)
     predictions = read(model, processor, rows, batch_size=a.batch, max_new_tokens=a.max_new_tokens)
     scores = score(rows, predictions)
@@ -129,7 +131,8 @@ def predict(a):
     if bool(a.images)==bool(a.data): raise ValueError("Give pictures, or --data with rows.\nFound: " + ("both." if a.data else "neither."))
     rows = load_rows(a.data) if a.data else [to_messages(dict(image=i, question=a.question)) for i in a.images]
     model,processor = load(a, a.model)
-    for answer in read(model, processor, rows, batch_size=a.batch, max_new_tokens=a.max_new_tokens): print(answer.replace('\n', '\\n') if a.data else answer)
+    answers = read(model, processor, rows, batch_size=a.batch, max_new_tokens=a.max_new_tokens, progress=sys.stdout.isatty())  # a pipe gets answers alone
+    for answer in answers: print(answer.replace('\n', '\\n') if a.data else answer)
 
 def predict_options(p):
     p.add_argument('model', help='folder or hub id of a model or an adapter'); p.add_argument('images', nargs='*', help='picture files')

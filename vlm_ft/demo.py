@@ -103,7 +103,7 @@ def room_for_answers(
     rows:list, # in message form
     processor,
 )->int:        # tokens
-    "How long an answer may be: half as long again as the longest in the rows."
+    "How long an answer may be: half as long again as the longest in the rows, and 8 tokens."
     longest = max((a for r in rows for a in accepted_answers(r)), key=len)
     return 8 + len(processor.tokenizer(longest, add_special_tokens=False)['input_ids'])*3//2
 

@@ -12,7 +12,7 @@ __all__ = ['is_bf16_supported', 'wanted_device', 'wanted_place', 'wanted_dtype',
 import inspect, logging
 from pathlib import Path
 import torch
-from .checkpoint import SMALL_FILES, WEIGHT_FILES, Source, check_folder, fetched, find
+from .checkpoint import WEIGHT_FILES, Source, check_folder, fetched, find
 from .models.family import base_of, family_for, nearest, refuse_unknown
 
 # %% ../nbs/00_loading.ipynb #4dfcd683

@@ -9,8 +9,8 @@ __all__ = ['check_names', 'whole_number', 'flagged_targets', 'own_targets', 'che
 # %% ../nbs/01_lora.ipynb #8ea61cf7
 import inspect, re
 import torch
-from .loading import FastVisionModel, base_of, check_checkpointing, check_length, keep_inputs_frozen, n_parameters, part_of, refuse_extras
-from .models.family import family_for, nearest
+from .loading import FastVisionModel, check_checkpointing, check_length, keep_inputs_frozen, n_parameters, part_of, refuse_extras
+from .models.family import base_of, family_for, nearest
 
 # %% ../nbs/01_lora.ipynb #f5fa11d3
 def check_names(

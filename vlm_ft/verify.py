@@ -184,9 +184,9 @@ def verify_merge(
     out = Checked(merged_onto=merge.onto, tensors=len(tensors), adapted=sum(place(model, r['tensor'])[1] is not None for r in tensors if r['tensor'].endswith('.weight')),
                   worst_rounding_steps=tensors[0]['steps'], logit_difference=apart(merged32, adapter32), allowed=2*own, own_error_16bit=own, difference_16bit=apart(merged16, adapter16))
     if merge.packed: out['gap_to_quantized'] = apart(merged16, live)
-    return _judged(out, tensors, folder)
+    return _judged(out, tensors)
 
-def _judged(out:Checked, tensors:list, folder)->Checked:
+def _judged(out:Checked, tensors:list)->Checked:
     "The figures, if they are good; otherwise an error with the worst modules."
     if out['worst_rounding_steps']<=0.501 and out['logit_difference']<=out['allowed']: return out
     raise MergeError(f"The merged model is not the adapter model.\nFound: logits differ by {out['logit_difference']:.3g} where {out['allowed']:.3g} is allowed; a correct tensor is at most 0.5 "

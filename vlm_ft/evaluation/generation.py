@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 import torch
 from transformers import GenerationConfig
-from ..data import DataError, count_tokens, encode, for_rows, split_prompt
+from ..data import count_tokens, encode
+from ..messages import DataError, for_rows, split_prompt
 from ..models.family import base_of, family_for, refuse_unknown
 from ..setup import pad_batch
 

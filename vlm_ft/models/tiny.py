@@ -6,8 +6,6 @@
 __all__ = ['FAMILIES', 'drawn', 'tiny_tokenizer', 'tiny_processor', 'tiny_config', 'tiny', 'tiny_folder']
 
 # %% ../../nbs/models/tiny.ipynb #4be2afd3
-import os
-from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
