@@ -135,3 +135,28 @@ def test_frozen_vision_costs_nothing_under_plain_peft(name, tmp_path):
     model = wrap(model, LoraConfig(r=4, target_modules=family.targets(vision=False)))
     our_step(model, processor, 8, 1, tmp_path)
     assert found==[False]
+
+@pytest.mark.parametrize('make', ['transformers','trl'])
+def test_other_libraries_arguments_train(make, tmp_path):
+    from transformers import TrainingArguments
+    from trl import SFTConfig
+    settings = dict(ONE_STEP, output_dir=str(tmp_path), per_device_train_batch_size=8, remove_unused_columns=False, bf16=False)
+    if make=='trl': settings |= dict(dataset_text_field='', dataset_kwargs={'skip_prepare_dataset':True}, max_length=None)
+    model,processor = adapted('qwen2_vl')
+    args = (TrainingArguments if make=='transformers' else SFTConfig)(**settings)
+    assert VisionTrainer(model, args, train_dataset=ROWS, processing_class=processor).train().global_step==1
+
+def test_the_arguments_length_holds_for_a_collator_too(tmp_path):
+    model,processor = adapted('qwen2_vl')
+    args = VisionTrainingArguments(str(tmp_path), max_length=60, **ONE_STEP)
+    with pytest.raises(ValueError, match='Row 1'): VisionTrainer(model, args, train_dataset=ROWS, data_collator=VisionDataCollator(model, processor))
+    given = VisionDataCollator(model, processor, max_seq_length=50)
+    with pytest.raises(ValueError, match='50'): VisionTrainer(model, args, train_dataset=ROWS, data_collator=given)
+
+def test_a_finished_run_is_not_resumed(tmp_path):
+    model,processor = adapted('qwen2_vl')
+    run = lambda steps: VisionTrainer(model, VisionTrainingArguments(str(tmp_path), **{**ONE_STEP, 'max_steps':steps, 'save_strategy':'steps', 'save_steps':2}),
+                                      train_dataset=ROWS, processing_class=processor, progress=False)
+    run(2).train()
+    with pytest.raises(ValueError, match='already at its last step'): run(2).train(resume_from_checkpoint=True)
+    assert run(3).train(resume_from_checkpoint=True).global_step==3

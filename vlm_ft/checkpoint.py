@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['SMALL_FILES', 'WEIGHT_FILES', 'header_problem', 'weight_problems', 'json_problems', 'check_folder', 'fetched',
-           'Source', 'find']
+           'Source', 'find', 'check_apart']
 
 # %% ../nbs/checkpoint.ipynb #2821c4a3
 import json
 from pathlib import Path
 from typing import NamedTuple
-from .models.family import nearest
+from .models.family import base_of, nearest
 
 # %% ../nbs/checkpoint.ipynb #ccdcb1fe
 def header_problem(
@@ -36,7 +36,7 @@ def weight_problems(
     if one.exists(): names = [one.name]
     elif index.exists():
         try: names = sorted(set(json.loads(index.read_text())['weight_map'].values()))
-        except (ValueError,KeyError) as e: return [f"{index.name}: not a readable index ({e!r})"]
+        except (ValueError,KeyError,TypeError,AttributeError) as e: return [f"{index.name}: not a readable index ({e!r})"]
     else:
         other = sorted(p.name for p in folder.iterdir() if p.suffix in ('.bin','.pth','.pt','.ckpt','.gguf','.h5'))
         return [f"no {one.name}" + (f", only {', '.join(other)}: vlm_ft reads safetensors alone, since pickled weights can run code. "
@@ -47,12 +47,15 @@ def weight_problems(
 # %% ../nbs/checkpoint.ipynb #0ec23295
 _NEEDED = {'config':('config.json',), 'tokenizer':('tokenizer.json','tokenizer.model','vocab.json'), 'processor settings':('processor_config.json','preprocessor_config.json')}
 
+_OBJECTS = ('config.json','tokenizer.json','tokenizer_config.json','processor_config.json','preprocessor_config.json','adapter_config.json')
+
 def json_problems(folder:Path)->list[str]:
-    "The JSON files at the top of a folder that cannot be read."
+    "The JSON files at the top of a folder that cannot be read, or are no object where one belongs."
     bad = []
     for p in sorted(folder.glob('*.json')):
-        try: json.loads(p.read_text(encoding='utf-8'))
-        except ValueError as e: bad.append(f"{p.name}: not readable as JSON ({e})")
+        try: said = json.loads(p.read_text(encoding='utf-8'))
+        except ValueError as e: bad.append(f"{p.name}: not readable as JSON ({e})"); continue
+        if p.name in _OBJECTS and not isinstance(said, dict): bad.append(f"{p.name}: a JSON {type(said).__name__}, where an object {{…}} belongs")
     return bad
 
 def check_folder(
@@ -102,11 +105,25 @@ class Source(NamedTuple):
     adapter:Path|None   # an adapter's folder
     revision:str|None   # of the base, on the hub
 
+def _refuse_cycle(
+    folder:Path, # an adapter's, met again
+    seen:tuple,  # the adapters' folders on the way, in order
+    name:str,    # what the last of them calls its base
+):
+    "Raise for adapters that name each other, or themselves, as base."
+    home = next((f for f in seen[seen.index(folder):] if (f/'config.json').exists()), None)
+    raise ValueError(f"The adapter in {seen[-1]} has no base model: the base it names leads back to {folder}.\n"
+        f"Found: base_model_name_or_path={name!r} in its adapter_config.json.\nTry: " + (
+        f"an adapter was saved into the base's own folder: delete adapter_config.json and adapter_model.safetensors in {home}." if home else
+        f"write the right base into base_model_name_or_path of {seen[-1]/'adapter_config.json'}."))
+
 def find(
     name:str, token=None, revision=None, trust_remote_code=False,
+    _seen:tuple=(), # adapters' folders on the way here
 )->Source:
     "Resolve a folder, a hub id or an adapter of either; only small files are brought from the hub."
     folder = fetched(name, SMALL_FILES, token, revision, trust_remote_code)
+    if folder in _seen: _refuse_cycle(folder, _seen, name)
     called = str(folder) if Path(name).expanduser().is_dir() else name  # a folder's full path, so that its adapters find it from anywhere
     if not (folder/'adapter_config.json').exists(): return Source(called, folder, folder, None, revision)
     adapter = fetched(name, SMALL_FILES+WEIGHT_FILES, token, revision)
@@ -114,8 +131,17 @@ def find(
         raise ValueError(f"The adapter in {adapter} cannot be used.\nFound:\n" + "\n".join(f"  - {b}" for b in bad) + "\nTry: save it again, or an earlier checkpoint.")
     said = json.loads((adapter/'adapter_config.json').read_text())
     if said.get('peft_type')!='LORA': raise ValueError(f"vlm_ft trains LoRA adapters.\nFound: peft_type={said.get('peft_type')!r} in {adapter}.\nTry: load it with peft.")
-    try: base = find(said.get('base_model_name_or_path'), token, said.get('revision'), trust_remote_code)
+    try: base = find(said.get('base_model_name_or_path'), token, said.get('revision'), trust_remote_code, (*_seen, folder))
     except FileNotFoundError as e: raise FileNotFoundError(f"The adapter in {adapter} cannot find the model it was trained on.\n{e}\n"
         "Then: write the right place into base_model_name_or_path of its adapter_config.json.") from e
     own = any((adapter/n).exists() for n in _NEEDED['processor settings']) and any((adapter/n).exists() for n in _NEEDED['tokenizer'])
     return base._replace(processor=adapter if own else base.processor, adapter=adapter)
+
+# %% ../nbs/checkpoint.ipynb #16c0b913
+def check_apart(
+    model,
+    folder, # about to be written
+):
+    "Raise when saving would touch the checkpoint that the model came from."
+    source,folder = Path(base_of(model).name_or_path).resolve(),Path(folder).expanduser().resolve()
+    if source.is_dir() and source.is_relative_to(folder): raise FileExistsError(f"{folder} is, or holds, the checkpoint this model was loaded from.\nTry: another folder.")

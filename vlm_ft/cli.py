@@ -62,16 +62,22 @@ def train(a):
     from vlm_ft.lora import trainable_report
     from vlm_ft.models.family import table
     from vlm_ft.setup import VisionTrainingArguments
-    from vlm_ft.training import VisionTrainer
+    from vlm_ft.training import VisionTrainer, find_checkpoint
     from vlm_ft.merging import FastVisionModel
+    if (Path(a.out)/'config.json').exists(): raise ValueError(f"{a.out} holds a whole model, and an adapter would be mixed into it.\nTry: another --out.")
+    if a.resume: find_checkpoint(a.resume, a.out)
     rows,held = load_rows(a.data),load_rows(a.test) if a.test else None
+    args = VisionTrainingArguments(output_dir=a.out, num_train_epochs=a.epochs, max_steps=a.steps, max_minutes=a.minutes, learning_rate=a.learning_rate, seed=a.seed,
+                                   per_device_train_batch_size=a.batch, gradient_accumulation_steps=a.accumulate, eval_strategy='epoch' if held else 'no')
     model,processor = load(a, a.model)
-    if not hasattr(model, 'peft_config'):
+    if hasattr(model, 'peft_config'):
+        if chosen := [o for o in ('r','lora_alpha','no_vision','no_language','no_attention','no_mlp') if getattr(a, o)]: raise ValueError(
+            f"{a.model} is an adapter, which has chosen already.\nFound: --{', --'.join(o.replace('_', '-') for o in chosen)}.\nTry: leave it out, or name the base.")
+    else:
+        a.r = a.r or 16
         model = FastVisionModel.get_peft_model(model, r=a.r, lora_alpha=a.lora_alpha or a.r, random_state=a.seed, finetune_vision_layers=not a.no_vision, finetune_language_layers=not a.no_language,
                                                finetune_attention_modules=not a.no_attention, finetune_mlp_modules=not a.no_mlp)
     print(table(trainable_report(model)))
-    args = VisionTrainingArguments(output_dir=a.out, num_train_epochs=a.epochs, max_steps=a.steps, max_minutes=a.minutes, learning_rate=a.learning_rate, seed=a.seed,
-                                   per_device_train_batch_size=a.batch, gradient_accumulation_steps=a.accumulate, eval_strategy='epoch' if held else 'no')
     trainer = VisionTrainer(model=FastVisionModel.for_training(model), processing_class=processor, args=args, train_dataset=rows, eval_dataset=held)
     trainer.train(resume_from_checkpoint=a.resume)
     model.save_pretrained(a.out); processor.save_pretrained(a.out)
@@ -82,7 +88,7 @@ def train_options(p):
     p.add_argument('--model', required=True, help='folder or hub id of a base, or of an adapter to train on'); p.add_argument('--out', required=True, help='folder for the adapter and checkpoints')
     p.add_argument('--epochs', type=float, default=1); p.add_argument('--steps', type=int, default=-1, help='instead of epochs'); p.add_argument('--minutes', type=float, help='time budget')
     p.add_argument('--learning-rate', type=float, default=2e-4); p.add_argument('--batch', type=int, default=2, help='rows a pass'); p.add_argument('--accumulate', type=int, default=4, help='passes a step')
-    p.add_argument('--r', type=int, default=16, help='rank'); p.add_argument('--lora-alpha', type=float, help='the default is r'); p.add_argument('--seed', type=int, default=3407)
+    p.add_argument('--r', type=int, help='rank; the default is 16'); p.add_argument('--lora-alpha', type=float, help='the default is r'); p.add_argument('--seed', type=int, default=3407)
     for part in ('vision','language','attention','mlp'): p.add_argument(f'--no-{part}', action='store_true', help=f'leave {part} frozen')
     p.add_argument('--resume', help='checkpoint folder to go on from')
     model_options(p)
@@ -94,8 +100,11 @@ def evaluate(a):
     from vlm_ft.evaluation.generation import predict as read
     from vlm_ft.evaluation.metrics import score
     from vlm_ft.evaluation.report import examples_from, report_page
+    from vlm_ft.training import check_room
+    if a.limit is not None and a.limit<1: raise ValueError(f"--limit must be at least 1.\nFound: {a.limit}.")
+    if a.report: check_room(Path(a.report).parent)
     rows = load_rows(a.data)[:a.limit]
-    if a.bits and (given := [o for o in ('dtype','load_in_4bit','load_in_8bit','min_pixels','max_pixels') if getattr(a, o)]):
+    if a.bits and (given := [o for o in ('dtype','load_in_4bit','load_in_8bit','min_pixels','max_pixels','report') if getattr(a, o)]):
         raise ValueError(f"--bits compares precisions at their defaults.\nFound: --{', --'.join(o.replace('_', '-') for o in given)} as well.\nTry: one or the other.")
     if a.bits:
         from vlm_ft.evaluation.precision import compare_precisions
@@ -115,6 +124,8 @@ def evaluate_options(p):
 # %% ../nbs/cli.ipynb #bd99d6c0
 def merge(a):
     "Merge an adapter into its base, and check the result."
+    from vlm_ft.merging import method_named
+    method_named(a.method)
     model,processor = load(a, a.adapter)
     model.save_pretrained_merged(a.out, processor, save_method=a.method, overwrite=a.overwrite)
     print(f"The model is in {a.out}.")
@@ -129,6 +140,7 @@ def predict(a):
     from vlm_ft.messages import load_rows, to_messages
     from vlm_ft.evaluation.generation import predict as read
     if bool(a.images)==bool(a.data): raise ValueError("Give pictures, or --data with rows.\nFound: " + ("both." if a.data else "neither."))
+    if lost := [i for i in a.images if not Path(i).is_file()]: raise FileNotFoundError(f"There is no picture {', '.join(lost)}.")
     rows = load_rows(a.data) if a.data else [to_messages(dict(image=i, question=a.question)) for i in a.images]
     model,processor = load(a, a.model)
     answers = read(model, processor, rows, batch_size=a.batch, max_new_tokens=a.max_new_tokens, progress=sys.stdout.isatty())  # a pipe gets answers alone
@@ -156,9 +168,11 @@ def parser()->Parser:
 def main(argv=None):
     "Run `vlm-ft` with these words; exits with 2 for a user's mistake."
     a,rest = parser().parse_known_args(argv)
+    if a.command=='predict': a.images,rest = a.images+[w for w in rest if not w.startswith('-')],[w for w in rest if w.startswith('-')]  # pictures after options
     if rest: a.own.error(a.own.unknown(rest))
     try: a.run(a)
-    except (ValueError, TypeError, OSError, ImportError) as e:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as e:
         if isinstance(e, TypeError) and 'unknown keyword' not in str(e): raise
+        if isinstance(e, RuntimeError) and not type(e).__module__.startswith('vlm_ft'): raise   # a failed merge is said; others are ours to mend
         print(f"vlm-ft {a.command}: {e}", file=sys.stderr)
         raise SystemExit(2) from e

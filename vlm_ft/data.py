@@ -12,7 +12,7 @@ import copy, html, re, sys
 import torch
 from torch import Tensor
 from PIL import Image
-from .messages import (DataError, as_dataset, fit, for_rows, image_size, load_rows, open_image, split_prompt, to_messages, without_pictures, wrong)
+from .messages import (DataError, as_dataset, box_of, fit, for_rows, image_size, load_rows, open_image, split_prompt, to_messages, without_pictures, wrong)
 from .models.family import Family, ImageTokens, family_for, nearest
 
 # %% ../nbs/02_data.ipynb #96f2f36c
@@ -157,12 +157,12 @@ def encode(
     max_seq_length:int|None=None, # tokens, image placeholders included; a longer row is refused, never cut
     train_on='answers',           # or 'text': everything but image placeholders
     prompt_only=False,            # without the last answer, ready to generate it; no labels
-    resize=None,                  # longest side in pixels, or (width, height) to fit into; None: the processor decides alone
+    resize=None,                  # longest side in pixels, or (width, height) to fit into; None or 'min': the processor decides alone
 )->dict:                          # tensors without a batch dimension: input_ids, labels, the family's own
     "One row as the model reads it; `DataError` for one that it would read wrongly."
     if train_on not in ('answers','text'):
         raise ValueError(f"train_on={train_on!r} is neither 'answers' nor 'text'.{nearest(train_on, ('answers','text'))}")
-    row = to_messages(row)
+    row,resize = to_messages(row),box_of(resize)
     messages = split_prompt(row)[0] if prompt_only else row['messages']
     text,images = render(messages, processor, family, prompt_only),pixels_of(messages, resize)
     costs([im.size for im in images], processor, family)                     # refuses shapes that the processor would fail on
@@ -241,7 +241,7 @@ def check_rows(
     decode=True,                  # open every picture; False: read only headers
 )->list[dict]:                    # a summary for `table`
     "Everything that is wrong in the rows, at once; or what they add up to."
-    family,rows = as_family(family),list(rows)
+    family,rows,resize = as_family(family),list(rows),box_of(resize)
     if not rows: raise DataError("there are no rows.\nFound: an empty list.\nTry: at least one row.")
     counts = for_rows(lambda row: check_row(row, processor, family, max_seq_length, resize, decode), rows)
     summary = [{'per row':'rows', 'sum':len(rows)}]

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['is_bf16_supported', 'wanted_device', 'wanted_place', 'wanted_dtype', 'wanted_bits', 'quantization', 'agreed_bits',
            'quantized_modules', 'part_of', 'n_parameters', 'n_bytes', 'describe', 'keep_inputs_frozen', 'for_training',
-           'for_inference', 'refuse_extras', 'check_length', 'check_checkpointing', 'plan', 'load_weights',
-           'load_adapter', 'FastVisionModel', 'from_pretrained']
+           'for_inference', 'refuse_extras', 'check_length', 'check_pixels', 'check_checkpointing', 'refuse_unadapted',
+           'plan', 'load_processor', 'load_weights', 'load_adapter', 'FastVisionModel', 'from_pretrained']
 
 # %% ../nbs/00_loading.ipynb #4393b61e
-import inspect, logging
+import inspect, json, logging
 from pathlib import Path
+from types import SimpleNamespace
 import torch
 from .checkpoint import WEIGHT_FILES, Source, check_folder, fetched, find
-from .models.family import base_of, family_for, nearest, refuse_unknown
+from .models.family import base_of, family_for, known_types, nearest, refuse_unknown
 
 # %% ../nbs/00_loading.ipynb #4dfcd683
 def is_bf16_supported()->bool:
@@ -21,23 +22,32 @@ def is_bf16_supported()->bool:
     return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
 
 def wanted_device(
-    device=None, # None: the GPU if there is one, else the CPU
+    device=None,   # None: the GPU if there is one, else the CPU
+    what='device', # the keyword, for the message
 )->torch.device:
     "The device to load onto; an error where it does not exist."
     if device is None: return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    try: device = torch.device(device)
-    except RuntimeError as e: raise ValueError(f"device={device!r} is none.\nTry: None, 'cpu', 'cuda' or 'cuda:1'.") from e
+    name = f'cuda:{device}' if type(device) is int else device
+    try: got = torch.device(name) if isinstance(name, (str,torch.device)) else None
+    except RuntimeError: got = None
+    names = ('cpu','cuda') + _MAPS*(what=='device_map')
+    if got is None or got.type not in names: raise ValueError(f"{what} names no device that vlm_ft loads onto.\nFound: {what}={device!r}.{nearest(device, names)}\n"
+                                                              f"Try: None, 'cuda:0' or one of {', '.join(names)}.")
     n = torch.cuda.device_count()
-    if device.type=='cuda' and (device.index or 0) >= n: raise RuntimeError(
-        f"device={str(device)!r} was asked for and is not there.\nFound: {n} GPUs that torch can use (torch {torch.__version__}).\nTry: device=None, or device='cpu'.")
-    return device
+    if got.type=='cuda' and (got.index or 0) >= n: raise ValueError(
+        f"{what}={str(got)!r} was asked for and is not there.\nFound: {n} GPUs that torch can use (torch {torch.__version__}).\nTry: {what}=None, or {what}='cpu'.")
+    return got
+
+_MAPS = ('auto','balanced','balanced_low_0','sequential') # transformers' ways to spread a model
 
 # %% ../nbs/00_loading.ipynb #af6bd41a
 def wanted_place(device=None, device_map=None):
     "transformers' `device_map` for a device, or the one that was given."
     if device_map is None: return {'':wanted_device(device)}
     if device is not None: raise ValueError(f"Give device or device_map, not both.\nFound: device={device!r}, device_map={device_map!r}.")
-    for d in device_map.values() if isinstance(device_map, dict) else []: d=='disk' or wanted_device(d)
+    if isinstance(device_map, str) and device_map in _MAPS: return device_map
+    if not isinstance(device_map, dict): return {'':wanted_device(device_map, 'device_map')}
+    for d in device_map.values(): d=='disk' or wanted_device(d, 'device_map')
     return device_map
 
 # %% ../nbs/00_loading.ipynb #0e113446
@@ -56,6 +66,8 @@ def wanted_bits(
     load_in_4bit=False, load_in_8bit=False, load_in_16bit=False, full_finetuning=False, dtype=None,
 )->int|None: # None: nothing was asked for
     "How many bits were asked for; an error where the answers contradict each other."
+    flags = dict(load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, load_in_16bit=load_in_16bit, full_finetuning=full_finetuning)
+    if odd := [f'{k}={v!r}' for k,v in flags.items() if not isinstance(v, bool)]: raise TypeError(f"These must be True or False.\nFound: {', '.join(odd)}.\nTry: True, or leave them out.")
     asked = {f'load_in_{b}bit=True':b for b,on in ((4,load_in_4bit),(8,load_in_8bit),(16,load_in_16bit)) if on}
     bits = min(asked.values(), default=None)
     clash = list(asked) + ['full_finetuning=True']*(full_finetuning and bits in (4,8)) + [f'dtype={dtype}']*(bits==16 and wanted_dtype(dtype)==torch.float32)
@@ -221,15 +233,31 @@ def check_length(
     if isinstance(n, bool) or not isinstance(n, int) or not 0 < n <= most: raise ValueError(
         f"max_seq_length must be a whole number from 1 to {most:,}, the positions this model has.\nFound: max_seq_length={n!r}.\nTry: max_seq_length={min(2048, most)}.")
 
+def check_pixels(**bounds):
+    "Raise unless each bound of a picture's pixels is None or a whole positive number."
+    bad = [f'{k}={v!r}' for k,v in bounds.items() if v is not None and (isinstance(v, bool) or not isinstance(v, int) or v<1)]
+    if bad: raise ValueError(f"{', '.join(bounds)} count pixels: whole positive numbers, or None.\nFound: {', '.join(bad)}.\nTry: max_pixels={640*640}, or leave them out.")
+
 def check_checkpointing(use):
     "Raise unless `use_gradient_checkpointing` is True, False or 'unsloth'."
     if use not in (True,False,'unsloth'): raise ValueError(f"use_gradient_checkpointing must be True, False or 'unsloth' (which means True).\nFound: {use!r}.")
 
 # %% ../nbs/00_loading.ipynb #f33815de
+def refuse_unadapted(
+    folder:Path, # of a checkpoint whose small files are readable
+    trust_remote_code=False, # a config of the checkpoint's own names its own type
+):
+    "Raise `UnsupportedModel`, with the families there are, unless config.json names one of them."
+    said = json.loads((folder/'config.json').read_text(encoding='utf-8'))
+    if trust_remote_code and 'auto_map' in said: return
+    kind,named = said.get('model_type'),said.get('architectures')
+    if kind in known_types(): return
+    family_for(SimpleNamespace(model_type=kind if isinstance(kind, str) else None, architectures=[str(a) for a in named] if isinstance(named, list) else None))
+
 def plan(source:Source, max_seq_length, bits, dtype, quantize_vision, trust_remote_code):
     "(family, config, quantisation) of a checkpoint from its small files."
     from transformers import AutoConfig
-    check_folder(source.folder, weights=False)
+    check_folder(source.folder, weights=False); refuse_unadapted(source.folder, trust_remote_code)
     config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     family = family_for(config)
     check_length(max_seq_length, config)
@@ -237,15 +265,36 @@ def plan(source:Source, max_seq_length, bits, dtype, quantize_vision, trust_remo
     return family, config, None if quantised or bits==16 else quantization(bits, family, dtype, quantize_vision)
 
 # %% ../nbs/00_loading.ipynb #3b102c37
+def load_processor(family, folder:Path, trust_remote_code=False):
+    "The processor of a folder, chat template included; an error that says what is missing or damaged."
+    try: processor = family.processor(folder, trust_remote_code=trust_remote_code)
+    except ImportError: raise
+    except Exception as e: raise ValueError(f"The checkpoint in {folder} cannot be used.\nFound:\n  - its processor cannot be built from tokenizer.json and the processor settings "  # tokenizers raises bare Exceptions
+        f"({type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]})\nTry: fetch or copy the folder again, whole.") from e
+    if not getattr(processor, 'chat_template', None): raise ValueError(f"The processor in {folder} has no chat template, and without one no conversation can be written.\n"
+        "Found: no chat_template.jinja, no chat_template.json, and no chat_template in processor_config.json.\n"
+        f"Try: copy chat_template.jinja from the family's Instruct checkpoint into {folder}, or load that checkpoint.")
+    return processor
+
+# %% ../nbs/00_loading.ipynb #05fba310
 def load_weights(source:Source, config, family, dtype, how, place, attn_implementation):
     "The model of a checked folder, in eval mode; `how` is its quantisation, or None."
     import transformers
     model,info = getattr(transformers, family.architecture).from_pretrained(source.folder, config=config, dtype=dtype, device_map=place, quantization_config=how,
-        attn_implementation=attn_implementation, use_safetensors=True, local_files_only=True, output_loading_info=True)
+        attn_implementation=attn_implementation, use_safetensors=True, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True)
+    if odd := sorted(info['mismatched_keys']) or _other_shapes(model): raise ValueError(f"The weights in {source.folder} do not fit its config.json: {len(odd)} tensors have another shape.\n"
+        f"Found: {', '.join(f'{k} {tuple(has)} instead of {tuple(want)}' for k,has,want in odd[:5])}{' …' if len(odd)>5 else ''}.\nTry: fetch or copy the folder again, whole.")
     if lost := sorted(info['missing_keys']): raise ValueError(f"The weights in {source.folder} are not whole: {len(lost)} tensors are missing.\n"
         f"Found: no {', '.join(lost[:5])}{' …' if len(lost)>5 else ''}.\nTry: fetch or copy the folder again, whole.")
     model.name_or_path = model.config._name_or_path = source.base
     return _safe_4bit_on_cpu(model)
+
+def _other_shapes(model)->list:
+    "(name, shape, the config's shape) where a quantised model's tensors differ from its config: transformers compares plain models alone."
+    if not quantized_modules(model): return []
+    with torch.device('meta'): plain = dict(type(model)(model.config).named_parameters())
+    shape = lambda p: p.shape if getattr(p, 'quant_state', None) is None else torch.Size(p.quant_state.shape)
+    return [(n, shape(p), plain[n].shape) for n,p in model.named_parameters() if n in plain and shape(p)!=plain[n].shape]
 
 def _say_quantised(model, family, dtype):
     "Log what is quantised and what is not."
@@ -291,11 +340,11 @@ def from_pretrained(
     refuse_extras(extras, inspect.signature(from_pretrained).parameters, 'from_pretrained', _ELSEWHERE)
     bits,dtype = wanted_bits(load_in_4bit, load_in_8bit, load_in_16bit, full_finetuning, dtype),wanted_dtype(dtype)
     place = wanted_place(device, device_map)
-    check_checkpointing(use_gradient_checkpointing)
+    check_checkpointing(use_gradient_checkpointing); check_pixels(min_pixels=min_pixels, max_pixels=max_pixels)
     source = find(model_name, token, revision, trust_remote_code)
     if full_finetuning and source.adapter: raise ValueError(f"full_finetuning=True trains whole weights, and {model_name} is an adapter.\nTry: merge it first, or leave full_finetuning out.")
     family,config,how = plan(source, max_seq_length, bits, dtype, quantize_vision, trust_remote_code)
-    processor = family.processor(source.processor, trust_remote_code=trust_remote_code)
+    processor = load_processor(family, source.processor, trust_remote_code)
     family.set_resolution(processor, min_pixels, max_pixels)
     fetched(source.base, WEIGHT_FILES, token, source.revision)
     check_folder(source.folder)

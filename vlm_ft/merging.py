@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['check_target', 'whole_folder', 'method_named', 'save_adapter', 'save_pretrained_merged', 'push_to_hub_merged',
-           'attach', 'with_saving']
+           'save_pretrained', 'attach', 'with_saving']
 
 # %% ../nbs/05_merging.ipynb #33b0739d
-import copy, functools, inspect, json, shutil, tempfile, uuid
+import copy, functools, inspect, json, os, shutil, tempfile, uuid
 from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
 from safetensors import SafetensorError
 from . import __version__
+from .checkpoint import check_apart
 from .loading import FastVisionModel, quantization, refuse_extras
 from .models.family import base_of, family_for, nearest
 from .verify import Checked, apart, logits_of, probe, processor_of, verify_merge
@@ -89,11 +90,6 @@ def _note(folder:Path, save_method:str, figures:dict)->Checked:
     (folder/_NOTE).write_text(json.dumps({'vlm_ft':__version__, **said, 'files':sorted(p.name for p in folder.iterdir())}, indent=2))
     return Checked(said)
 
-def _apart_from_sources(model, folder):
-    "Raise when saving would replace the checkpoint that the model came from."
-    source,folder = Path(base_of(model).name_or_path).resolve(),Path(folder).expanduser().resolve()
-    if source.is_dir() and source.is_relative_to(folder): raise FileExistsError(f"{folder} is, or holds, the checkpoint this model was loaded from.\nTry: another folder.")
-
 # %% ../nbs/05_merging.ipynb #274f654d
 def save_adapter(
     model, folder,
@@ -102,10 +98,10 @@ def save_adapter(
 )->Checked:
     "The adapter and its processor; `from_pretrained(folder)` loads both onto their base."
     if not active_adapters(model): raise ValueError("The model has no adapter.\nTry: save_method='merged_16bit', which saves whole weights.")
-    _apart_from_sources(model, folder)
+    check_apart(model, folder)
     size = sum(p.numel()*p.element_size() for n,p in model.named_parameters() if 'lora_' in n or 'modules_to_save' in n)
     with whole_folder(folder, size+2**24, overwrite) as made:
-        model.save_pretrained(made)
+        type(model).save_pretrained(model, made)
         processor_of(model, processor).save_pretrained(made)
         return _note(made, 'lora', {})
 
@@ -123,7 +119,7 @@ def _quantised(merge:Merge, sixteen:Path, made:Path):
 def _save(model, folder, processor=None, save_method='merged_16bit', verify=True, rows=None, onto=None, overwrite=False, max_shard_size='2GB')->Checked:
     "A merged folder, checked, or an error and no folder."
     if save_method=='lora': return save_adapter(model, folder, processor, overwrite)
-    _apart_from_sources(model, folder)
+    check_apart(model, folder)
     merge,processor,four = Merge(model, onto),processor_of(model, processor),save_method=='merged_4bit'
     with whole_folder(folder, int(merge.n_bytes()*(1.6 if four else 1))+2**24, overwrite) as made:
         sixteen = made/'merged_16bit' if four else made
@@ -195,8 +191,20 @@ def push_to_hub_merged(
     return done
 
 # %% ../nbs/05_merging.ipynb #d94a2cc7
+def save_pretrained(model, save_directory, **kwargs):
+    "PEFT's own, written beside the folder and then moved in, whole or not at all; never into the base's folder."
+    check_apart(model, save_directory)
+    target = Path(save_directory).expanduser().absolute()
+    if kwargs.get('push_to_hub'): kwargs.setdefault('repo_id', target.name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix='.saving-') as made:
+        try: type(model).save_pretrained(model, made, **kwargs)
+        except SafetensorError as e: raise OSError(f"The adapter could not be written to {target}.\nFound: {e}\nTry: another folder, or free some room.") from e
+        shutil.copytree(made, target, dirs_exist_ok=True, copy_function=os.replace)
+
 def attach(model, processor=None):
     "Give a model the methods that save it."
+    if active_adapters(model): model.save_pretrained = MethodType(save_pretrained, model)
     for f in (save_adapter, save_pretrained_merged, push_to_hub_merged, verify_merge): setattr(model, f.__name__, MethodType(f, model))
     model.own_processor = processor or getattr(model, 'own_processor', None)
     return model

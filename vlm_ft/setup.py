@@ -6,12 +6,12 @@
 __all__ = ['pad_batch', 'VisionDataCollator', 'batch_cost', 'VisionTrainingArguments']
 
 # %% ../nbs/03_setup.ipynb #3f5fe404
-import dataclasses, functools, inspect, warnings
+import dataclasses, functools, inspect, numbers, re, warnings
 import torch
 from transformers.training_args import TrainingArguments
 from .data import check_rows, encode
-from .loading import is_bf16_supported
-from .messages import DataError, for_rows
+from .loading import check_length, is_bf16_supported
+from .messages import DataError, box_of, for_rows
 from .models.family import base_of, family_for, refuse_unknown
 
 # %% ../nbs/03_setup.ipynb #501655b9
@@ -47,9 +47,16 @@ class VisionDataCollator:
         response_part=None,             # text that opens an assistant's turn
         **kwargs):
         refuse_unknown(kwargs, [n for n in inspect.signature(VisionDataCollator).parameters if n!='kwargs'], 'VisionDataCollator')
+        if not hasattr(processor, 'tokenizer') or not hasattr(processor, 'image_processor'):
+            raise TypeError(f"The collator needs the model's processor, which reads pictures and text.\nFound: {type(processor).__name__}, which is not one.\n"
+                            "Try: the processor (FastVisionModel.from_pretrained gives it beside the model), not its .tokenizer.")
+        if not isinstance(train_on_responses_only, bool):
+            raise TypeError(f"train_on_responses_only must be True or False.\nFound: {train_on_responses_only!r}.\nTry: True for answers alone, False for all text.")
+        self.length_given = max_seq_length is not None             # False: the trainer may set another
+        if self.length_given: check_length(max_seq_length, getattr(base_of(model), 'config', model))
         self.family,self.processor,self.formatting_func = family_for(model),processor,formatting_func
-        self.max_seq_length = max_seq_length or getattr(base_of(model), 'max_seq_length', None)
-        self.resize,self.train_on = _box(resize),'answers' if train_on_responses_only else 'text'
+        self.max_seq_length = max_seq_length if self.length_given else getattr(base_of(model), 'max_seq_length', None)
+        self.resize,self.train_on = box_of(resize),'answers' if train_on_responses_only else 'text'
         if ignore_index!=-100: raise ValueError(f"The models' losses ignore the label -100 alone.\nFound: ignore_index={ignore_index}.\nTry: leave it out.")
         _same_markers(instruction_part, response_part, processor, self.family)
 
@@ -62,6 +69,7 @@ class VisionDataCollator:
         return encode(self.row(example), self.processor, self.family, self.max_seq_length, self.train_on, resize=self.resize)
 
     def __call__(self, examples:list)->dict:
+        if not len(examples): raise DataError("there is no row to make a batch of.\nFound: an empty list.\nTry: at least one row.")
         try: features = for_rows(self.encode, examples)
         except DataError as e: raise DataError([(i, f"(counted within its batch) {text}") for i,text in e.problems]) from e
         return pad_batch(features, self.family, self.pad_id)
@@ -77,13 +85,6 @@ class VisionDataCollator:
         return t.eos_token_id if t.pad_token_id is None else t.pad_token_id
 
 # %% ../nbs/03_setup.ipynb #919412ad
-def _box(resize):
-    "A collator's `resize` as `fit` takes it."
-    whole = lambda x: isinstance(x, int) and not isinstance(x, bool) and x>0
-    if resize is None or resize=='min': return None
-    if whole(resize) or isinstance(resize, (tuple,list)) and len(resize)==2 and all(map(whole, resize)): return resize if whole(resize) else tuple(resize)
-    raise ValueError(f"resize is no size.\nFound: {resize!r}.\nTry: 512 for the longest side, (512, 512) for a box, or None to leave it to the processor.")
-
 def _same_markers(instruction_part, response_part, processor, family):
     "Refuse markers of turns that the family's template does not write."
     if response_part is not None and response_part.strip()!=family.turn_start.strip():
@@ -142,7 +143,11 @@ class VisionTrainingArguments(TrainingArguments):
         _one_name(self, 'max_seq_length', 'max_length', None)
         _one_name(self, 'warmup_steps', 'warmup_ratio', type(self).warmup_steps)
         _choose_precision(self)
-        if self.max_minutes is not None and not self.max_minutes>0: raise ValueError(f"max_minutes must be above 0.\nFound: max_minutes={self.max_minutes}.\nTry: leave it out for no budget.")
+        m = self.max_minutes
+        if m is not None and (isinstance(m, bool) or not isinstance(m, numbers.Real) or not m>0):
+            raise ValueError(f"max_minutes must be a number above 0.\nFound: max_minutes={m!r}.\nTry: leave it out for no budget.")
+        if self.greater_is_better is None and re.search(r'(^|[^a-z])[cw]er$|loss$', str(self.metric_for_best_model).lower()):
+            self.greater_is_better = False                           # error rates; transformers knows of losses alone
         kwargs = self.gradient_checkpointing_kwargs or {}
         if isinstance(kwargs, dict) and kwargs.get('use_reentrant'):
             raise ValueError("Reentrant checkpointing gives no gradient to a block whose input needs none, as beside a frozen part.\n"

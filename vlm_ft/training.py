@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_model', 'check_args', 'checkpoint_bytes', 'check_room', 'StepLines', 'EvalByGeneration', 'as_rows',
            'check_dataset', 'row_of', 'processor_of', 'VisionTrainer', 'TimeBudget', 'same_rng', 'find_checkpoint',
-           'saved_shapes', 'check_checkpoint', 'own_shapes', 'load_whole']
+           'saved_shapes', 'check_checkpoint', 'check_unfinished', 'own_shapes', 'load_whole']
 
 # %% ../nbs/04_training.ipynb #78fa904c
 import inspect,itertools,json,logging,random,shutil,tempfile,time
@@ -20,6 +20,7 @@ from fastcore.basics import patch
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import align_special_tokens
+from .checkpoint import check_apart
 from .loading import for_training, keep_inputs_frozen
 from .messages import load_rows
 from .models.family import base_of, family_for, nearest, refuse_unknown
@@ -89,8 +90,9 @@ class StepLines(TrainerCallback):
         step,last,spent = state.global_step,state.max_steps,time.monotonic()-self.start
         if 'loss' in logs:
             seconds = spent/(step-self.first)*(last-step)
-            if args.max_minutes: seconds = max(0, min(seconds, 60*args.max_minutes-spent))
-            left,of = timedelta(seconds=round(seconds)),f"{step:>5}" if args.max_minutes else f"{step:>{len(str(last))}}/{last}"
+            minutes = getattr(args, 'max_minutes', None)  # transformers' and TRL's arguments have none
+            if minutes: seconds = max(0, min(seconds, 60*minutes-spent))
+            left,of = timedelta(seconds=round(seconds)),f"{step:>5}" if minutes else f"{step:>{len(str(last))}}/{last}"
             print(f"step {of}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.1e}  "
                   f"{logs.get('tokens_per_second', 0):,.0f} tokens/s  {left} left", flush=True)
         elif 'train_runtime' in logs: print(f"{step} steps, {timedelta(seconds=round(logs['train_runtime']))}, mean loss {logs['train_loss']:.4f}", flush=True)
@@ -109,7 +111,8 @@ class EvalByGeneration:
 
     def names(self, rows)->list:
         "The metrics of these rows, in order."
-        from vlm_ft.evaluation.metrics import metric_for
+        from vlm_ft.evaluation.metrics import METRICS, metric_for
+        if bad := [m for m in self.metrics or () if m not in METRICS]: raise ValueError(f"{bad[0]!r} is no metric.{nearest(bad[0], METRICS)}\nKnown: {', '.join(METRICS)}.")
         return list(self.metrics or dict.fromkeys(m for row in self._first(rows) for m in metric_for(row.get('task'))))
 
     def _first(self, rows): return list(itertools.islice(rows, self.limit))
@@ -176,8 +179,12 @@ class VisionTrainer(Trainer):
         args,processor = VisionTrainingArguments() if args is None else args,processor_of(model, processing_class, tokenizer, data_collator)
         length = max_seq_length or getattr(args, 'max_seq_length', None) or getattr(args, 'max_length', None)
         if data_collator is None: data_collator = VisionDataCollator(model, processor, max_seq_length=length, formatting_func=formatting_func)
+        elif isinstance(args, VisionTrainingArguments) and isinstance(data_collator, VisionDataCollator) and length and not max_seq_length:
+            data_collator.max_seq_length = min(length, data_collator.max_seq_length) if data_collator.length_given else length
         elif formatting_func or max_seq_length: raise TypeError("formatting_func and max_seq_length belong to the collator, which was given too.\n"
             "Try: VisionDataCollator(model, processor, max_seq_length=…, formatting_func=…).")
+        if isinstance(train_dataset, dict): raise ValueError(f"train_dataset is a dict of datasets.\nFound: {', '.join(map(str, train_dataset))}.\nTry: one of them.")
+        check_apart(model, args.output_dir)
         self.eval_generation = EvalByGeneration() if eval_generation is True else eval_generation or None
         train_dataset,eval_dataset = as_rows(train_dataset),as_rows(eval_dataset)
         check_model(model, args.fp16)
@@ -231,8 +238,9 @@ class TimeBudget(TrainerCallback):
 @patch
 def create_scheduler(self:VisionTrainer, num_training_steps, optimizer=None):
     "Transformers' schedule; under a time budget, warm-up by steps and then a fall by the clock."
-    if not self.args.max_minutes: return Trainer.create_scheduler(self, num_training_steps, optimizer)
-    budget = TimeBudget(self.args.max_minutes)
+    minutes = getattr(self.args, 'max_minutes', None)
+    if not minutes: return Trainer.create_scheduler(self, num_training_steps, optimizer)
+    budget = TimeBudget(minutes)
     self.add_callback(budget)
     warm = self.args.warmup_steps if self.args.warmup_steps>=1 else 1
     self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, lambda step: min(1, (step+1)/warm)*budget.left())
@@ -247,6 +255,7 @@ def train(self:VisionTrainer,
     if resume_from_checkpoint:
         resume_from_checkpoint = str(find_checkpoint(resume_from_checkpoint, self.args.output_dir))
         check_checkpoint(resume_from_checkpoint, self.model, rng=self.args.world_size==1)
+        check_unfinished(resume_from_checkpoint, self.args)
     for_training(self.model)
     if not self.args.gradient_checkpointing: base_of(self.model).gradient_checkpointing_disable()
     talk = logging.getLogger('transformers.trainer_utils')
@@ -326,6 +335,13 @@ def check_checkpoint(
         if odd := sorted(saved.items() ^ own.items()): bad.append(f"{len({n for n,_ in odd})} weights are on one side only or differ in shape, such as {odd[0][0]}")
     elif Counter(saved.values())!=Counter(own.values()): bad.append(f"its {len(saved)} weights are not the {len(own)} of this model")
     if bad: raise ValueError(f"{folder} is no checkpoint to resume from.\nFound:\n" + "\n".join(f"  - {b}" for b in bad) + "\nTry: load the model as that run did, or another checkpoint.")
+
+def check_unfinished(folder, args):
+    "Raise when the checkpoint is already at the end of what the arguments ask for."
+    state = json.loads((Path(folder)/'trainer_state.json').read_text())
+    done = state['global_step'] >= args.max_steps if args.max_steps>0 else (state.get('epoch') or 0) >= args.num_train_epochs
+    if done: raise ValueError(f"{folder} is already at its last step.\nFound: step {state['global_step']}, epoch {state.get('epoch')}; asked for are "
+        + (f"{args.max_steps} steps" if args.max_steps>0 else f"{args.num_train_epochs} epochs") + ".\nTry: more of them, or use the checkpoint as it is.")
 
 def own_shapes(model)->dict:
     "Names and shapes of what a checkpoint of this model holds."

@@ -47,6 +47,9 @@ def answer_config(
 )->GenerationConfig:
     "Greedy settings that owe nothing to the checkpoint but its stop tokens."
     refuse_unknown({k:v for k,v in sampling.items() if k not in GenerationConfig().to_dict()}, GenerationConfig().to_dict(), 'predict')
+    if several := [k for k in ('num_return_sequences','return_dict_in_generate') if sampling.get(k) not in (None,False,1)]: raise ValueError(
+        f"predict gives one text a row.\nFound: {several[0]}={sampling[several[0]]!r}.\nTry: model.generate for several.")
+    if isinstance(sampling.get('eos_token_id'), int): sampling['eos_token_id'] = [sampling['eos_token_id']]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return GenerationConfig(**{'do_sample':False, 'num_beams':1, 'use_cache':True, 'max_new_tokens':max_new_tokens, 'pad_token_id':pad,
                                'eos_token_id':stop_ids(model, tokenizer, family), **sampling})
@@ -101,6 +104,7 @@ def predict(
     **sampling,              # GenerationConfig's settings; none: greedy
 )->list:                     # one text a row, in the rows' order
     "Answers to every row."
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size<1: raise ValueError(f"batch_size must be a whole number of at least 1.\nFound: batch_size={batch_size!r}.")
     base,tokenizer,answers = base_of(model),processor.tokenizer,{}
     family = family_for(base)
     config = answer_config(base, tokenizer, family, max_new_tokens, **sampling)

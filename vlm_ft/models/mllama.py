@@ -82,7 +82,10 @@ class Mllama(Family):
         im = processor.image_processor
         if min_pixels is not None: raise ValueError(f"Llama 3.2 Vision has no min_pixels: it fits every picture on whole tiles.\n"
                                                     f"Found: min_pixels={min_pixels}.\nTry: leave it out, or enlarge the pictures yourself.")
-        if max_pixels is not None: im.canvas_tiles = max(1, min(im.max_image_tiles, max_pixels//im.size['height']**2))
+        if max_pixels is None: return
+        tile = im.size['height']
+        if max_pixels<tile**2: raise ValueError(f"max_pixels must hold one tile of {tile}x{tile}.\nFound: max_pixels={max_pixels}.\nTry: max_pixels={tile**2} or more.")
+        im.canvas_tiles = min(im.max_image_tiles, max_pixels//tile**2)
 
     def resolution(self, processor):
         im = processor.image_processor

@@ -47,7 +47,7 @@ class Qwen2VL(Family):
 
     def set_resolution(self, processor, min_pixels=None, max_pixels=None):
         now = self.resolution(processor)
-        lo,hi = min_pixels or now['min_pixels'],max_pixels or now['max_pixels']
+        lo,hi = (now[k] if v is None else v for k,v in (('min_pixels',min_pixels),('max_pixels',max_pixels)))
         side = processor.image_processor.patch_size*processor.image_processor.merge_size
         if not side**2 <= lo <= hi: raise ValueError(f"A picture needs {side**2} (one token of {side}x{side}) <= min_pixels <= max_pixels.\n"
                                                      f"Found: min_pixels={lo}, max_pixels={hi}.\nTry: min_pixels={side**2}, max_pixels={max(hi, side**2)}.")
