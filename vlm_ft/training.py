@@ -21,7 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import align_special_tokens
 from .checkpoint import check_apart
-from .loading import for_training, keep_inputs_frozen
+from .loading import check_length, for_training, keep_inputs_frozen
 from .messages import load_rows
 from .models.family import base_of, family_for, nearest, refuse_unknown
 from .setup import VisionDataCollator, VisionTrainingArguments
@@ -177,11 +177,12 @@ class VisionTrainer(Trainer):
         known = [p for p in inspect.signature(type(self)).parameters if p!='kwargs'] + [*_PASSED_ON]
         refuse_unknown({k:v for k,v in kwargs.items() if k not in _PASSED_ON}, known, type(self).__name__)
         args,processor = VisionTrainingArguments() if args is None else args,processor_of(model, processing_class, tokenizer, data_collator)
-        length = max_seq_length or getattr(args, 'max_seq_length', None) or getattr(args, 'max_length', None)
+        length = next((n for n in (max_seq_length, getattr(args, 'max_seq_length', None), getattr(args, 'max_length', None)) if n is not None), None)
         if data_collator is None: data_collator = VisionDataCollator(model, processor, max_seq_length=length, formatting_func=formatting_func)
-        elif isinstance(args, VisionTrainingArguments) and isinstance(data_collator, VisionDataCollator) and length and not max_seq_length:
+        elif isinstance(args, VisionTrainingArguments) and isinstance(data_collator, VisionDataCollator) and length is not None and max_seq_length is None:
+            check_length(length, base_of(model).config)
             data_collator.max_seq_length = min(length, data_collator.max_seq_length) if data_collator.length_given else length
-        elif formatting_func or max_seq_length: raise TypeError("formatting_func and max_seq_length belong to the collator, which was given too.\n"
+        elif formatting_func or max_seq_length is not None: raise TypeError("formatting_func and max_seq_length belong to the collator, which was given too.\n"
             "Try: VisionDataCollator(model, processor, max_seq_length=…, formatting_func=…).")
         if isinstance(train_dataset, dict): raise ValueError(f"train_dataset is a dict of datasets.\nFound: {', '.join(map(str, train_dataset))}.\nTry: one of them.")
         check_apart(model, args.output_dir)
