@@ -1,6 +1,6 @@
 """The six steps on a real architecture with random weights: load, LoRA, data, setup, train, merge; one JSON line of seconds and memory.
 
-usage: python benchmarks/six_steps.py ARCH [--bits 16|4] [--steps 30] [--folder DIR] [--tiny]
+usage: python benchmarks/six_steps.py ARCH [--bits 16|8|4] [--steps 30] [--folder DIR] [--tiny]
 ARCH: qwen2vl-2b, llama32-11b, pixtral-12b. `--tiny` takes two layers, to try the script on a CPU. Speed and memory do not depend on the weights' values.
 """
 import argparse, json, math, shutil, tempfile, time
