@@ -154,10 +154,10 @@ LOWER_IS_BETTER = ('cer','wer')
 TASK_METRICS = dict(ocr=('cer','wer','exact'), vqa=('accuracy',), extract=('exact','fields'), caption=('cer','exact'), latex=('cer','exact'))
 
 def metric_for(
-    task:str|None=None,  # what the row's 'task' says
+    task:str|None=None,  # what the row's 'task' says; what follows a '/' names a part of it
 )->tuple:                # names in METRICS
     "The metrics of a task; of a task unknown here, or of none: cer, wer and accuracy."
-    return TASK_METRICS.get(task, ('cer','wer','accuracy'))
+    return TASK_METRICS.get((task or '').split('/')[0], ('cer','wer','accuracy'))
 
 # %% ../../nbs/evaluation/metrics.ipynb #46b676de
 def accepted_answers(
