@@ -504,7 +504,7 @@ def set_script(style, base, sub, sup, prime):
     down = max(.17*size, box.depth+.05*size, low.height-.36*size if low else 0)
     tick = glyph_box('sy', 48, SIZES[small]) if prime else None
     x = right+max(0., lean)+.03*size
-    for i in range(prime): box.put(tick, x, -.36*size); x += tick.width
+    for _ in range(prime): box.put(tick, x, -.36*size); x += tick.width
     if high and low and (over := (low.height-down)-(up-high.depth)+.12*size) > 0: down += over
     if high: box.put(high, x, -up)
     if low: box.put(low, right-(.4*size if integral and style == 0 else .2*size if integral else 0), down)
