@@ -44,7 +44,7 @@ def load(a, model):
 def demo(a):
     "The embedded model learns real handwriting: before, LoRA, after, merge, verify, reload."
     from vlm_ft.demo import run
-    run(a.out, a.data, a.test, a.model, a.minutes, a.limit, a.max_new_tokens, a.learning_rate, a.batch, a.seed)
+    run(a.out, a.data, a.test, a.model, a.minutes, a.limit, a.max_new_tokens, a.learning_rate, a.batch, a.seed, a.r, a.max_pixels)
 
 def demo_options(p):
     from vlm_ft import __path__
@@ -54,6 +54,7 @@ def demo_options(p):
     p.add_argument('--minutes', type=float, default=1.2, help='time budget of the training'); p.add_argument('--limit', type=int, default=100, help='test rows that are read')
     p.add_argument('--max-new-tokens', type=int, help='of an answer; the default is half as long again as the longest in the rows'); p.add_argument('--learning-rate', type=float, default=1e-3)
     p.add_argument('--batch', type=int, default=16, help='rows a step'); p.add_argument('--seed', type=int, default=0)
+    p.add_argument('--r', type=int, default=16, help='rank of the adapter'); p.add_argument('--max-pixels', type=int, help="greatest area of a picture; the default is the model's own")
 
 # %% ../nbs/cli.ipynb #f1a1d38b
 def train(a):

@@ -111,17 +111,17 @@ def room_for_answers(
 def tune(
     model, processor, train:list, out:Path,
     minutes:float,      # of training; the learning rate falls to zero by then
-    learning_rate=1e-3, batch:int=16, seed:int=0,
-):
+    learning_rate=1e-3, batch:int=16, seed:int=0, r:int=16,
+)->tuple:               # (model, transformers' TrainOutput: steps, mean loss, seconds)
     "LoRA on every linear of both parts, for a number of minutes; the adapter is saved in `out/adapter`."
-    model = FastVisionModel.get_peft_model(model, r=16, lora_alpha=16, random_state=seed)
+    model = FastVisionModel.get_peft_model(model, r=r, lora_alpha=r, random_state=seed)
     args = VisionTrainingArguments(output_dir=str(out/'checkpoints'), per_device_train_batch_size=batch, gradient_accumulation_steps=1, num_train_epochs=1000,
-        max_minutes=minutes, learning_rate=learning_rate, warmup_steps=5, save_strategy='no', logging_steps=10, gradient_checkpointing=False, seed=seed)
+        max_minutes=minutes, learning_rate=learning_rate, warmup_steps=5, save_strategy='no', logging_steps=10, gradient_checkpointing=False, train_sampling_strategy='group_by_length', seed=seed)
     FastVisionModel.for_training(model)
-    VisionTrainer(model=model, processing_class=processor, args=args, train_dataset=train).train()
+    done = VisionTrainer(model=model, processing_class=processor, args=args, train_dataset=train).train()
     FastVisionModel.for_inference(model)
     model.save_pretrained(out/'adapter'); processor.save_pretrained(out/'adapter')
-    return model
+    return model, done
 
 # %% ../nbs/demo.ipynb #b77785f7
 def run(
@@ -132,7 +132,8 @@ def run(
     minutes:float=1.2,   # of training
     limit:int=100,       # test rows that are read
     max_new_tokens:int|None=None, # of an answer; None: see `room_for_answers`
-    learning_rate=1e-3, batch:int=16, seed:int=0,
+    learning_rate=1e-3, batch:int=16, seed:int=0, r:int=16,
+    max_pixels:int|None=None, # of a picture; None: as the model was made
 )->dict:                 # every figure that was printed
     "Before, LoRA, after, controls, merge, verify, reload; the page and the picture show it."
     if (data is None) != (test is None): raise ValueError(f"--data and --test go together: what is trained on cannot test.\nFound: data={data}, test={test}.")
@@ -140,14 +141,14 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     train,rows = (digit_rows(2000, 'train', seed),digit_rows(limit, 'test', seed)) if data is None else (load_rows(data),load_rows(test))
     rows = rows if len(rows)<=limit else random.Random(seed).sample(rows, limit)
-    net,processor = FastVisionModel.from_pretrained(str(model), dtype=None if torch.cuda.is_available() else torch.float32)
+    net,processor = FastVisionModel.from_pretrained(str(model), dtype=None if torch.cuda.is_available() else torch.float32, max_pixels=max_pixels)
     max_new_tokens = max_new_tokens or room_for_answers(train, processor)
     log(f"{len(train):,} rows to train on, {len(rows)} to test on")
     read = lambda m, r: predict(m, processor, r, batch_size=32, max_new_tokens=max_new_tokens)
     before = read(net, rows)
     log(f"before:\n{(scores := {'before':score(rows, before)})['before']}")
-    net = tune(net, processor, train, out, minutes, learning_rate, batch, seed)
-    log(f"trained\n{table(trainable_report(net))}")
+    net,done = tune(net, processor, train, out, minutes, learning_rate, batch, seed, r)
+    log(f"trained, {done.global_step} steps of {batch} rows\n{table(trainable_report(net))}")
     after = read(net, rows)
     scores['after'] = score(rows, after)
     for name,blind in dict(shuffled=shuffled(rows), grey=greyed(rows)).items(): scores[name] = score(rows, read(net, blind))
@@ -159,7 +160,7 @@ def run(
     shown = examples_from(rows, before=before, after=after)
     page = report_page(shown, {k:scores[k] for k in ('before','after')}, out/'report.html', title='Before and after LoRA')
     picture = report_picture(shown, {k:scores[k] for k in ('before','after')}, out/'report.png', title='Before and after LoRA')
-    got = dict(seconds=round(log.seconds(), 1), peak_gib=peak_gib(), same_after_merge=same, rows=len(rows), scores={k:v.as_dict() for k,v in scores.items()})
+    got = dict(seconds=round(log.seconds(), 1), peak_gib=peak_gib(), steps=done.global_step, same_after_merge=same, rows=len(rows), scores={k:v.as_dict() for k,v in scores.items()})
     (out/'figures.json').write_text(json.dumps(got, indent=1))
     log((f"peak memory {got['peak_gib']:.2f} GiB. " if got['peak_gib'] else "")+f"Look at {page} or {picture}.")
     return got

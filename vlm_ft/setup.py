@@ -117,7 +117,7 @@ class VisionTrainingArguments(TrainingArguments):
     warmup_steps:float = 0.03                            # below 1: a share of all steps
     warmup_ratio:float|None = None                       # transformers 4's name for such a share
     optim:str = _on_gpu('adamw_torch_fused', 'adamw_torch')
-    bf16:bool|None = None                                # None: where the GPU can, unless fp16 is asked for; on a CPU float32, which is exact
+    bf16:bool|None = None                                # None: where the GPU can, unless fp16 is asked for; on a CPU float32
     gradient_checkpointing:bool = True
     gradient_checkpointing_kwargs:dict|str|None = None   # never reentrant
     remove_unused_columns:bool = False                   # pictures are columns that no forward() names
@@ -180,10 +180,10 @@ def _one_name(args, ours:str, theirs:str, default):
 def _choose_precision(args):
     "Settle fp16 and bf16 for the machine."
     gpu = torch.cuda.is_available() and not args.use_cpu
+    if args.bf16 is None: args.bf16 = gpu and is_bf16_supported() and not args.fp16
     if args.fp16 and not gpu:
         warnings.warn("fp16 needs a GPU; there is none in use, so this trains in float32.", stacklevel=4)
         args.fp16 = False
-    if args.bf16 is None: args.bf16 = gpu and is_bf16_supported() and not args.fp16
     if args.bf16 and not torch.cuda.is_available(): args.use_cpu = True   # transformers wants it said that bf16 shall run on the CPU
 
 # %% ../nbs/03_setup.ipynb #2efbcd14

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_model', 'check_args', 'checkpoint_bytes', 'check_room', 'StepLines', 'EvalByGeneration', 'as_rows',
-           'check_dataset', 'row_of', 'processor_of', 'VisionTrainer', 'TimeBudget', 'same_rng', 'find_checkpoint',
-           'saved_shapes', 'check_checkpoint', 'check_unfinished', 'own_shapes', 'load_whole']
+           'check_dataset', 'row_of', 'processor_of', 'VisionTrainer', 'LengthGroups', 'TimeBudget', 'same_rng',
+           'find_checkpoint', 'saved_shapes', 'check_checkpoint', 'check_unfinished', 'own_shapes', 'load_whole']
 
 # %% ../nbs/04_training.ipynb #78fa904c
 import inspect,itertools,json,logging,random,shutil,tempfile,time
@@ -21,6 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import align_special_tokens
 from .checkpoint import check_apart
+from .data import count_tokens
 from .loading import check_length, for_training, keep_inputs_frozen
 from .messages import load_rows
 from .models.family import base_of, family_for, nearest, refuse_unknown
@@ -50,8 +51,8 @@ def check_args(
     if args.remove_unused_columns: bad.append("remove_unused_columns=True drops the pictures before the collator sees them. Try: False.")
     if args.label_smoothing_factor: bad.append(f"label_smoothing_factor={args.label_smoothing_factor} compares each token with itself on these models. Try: 0.")
     if (args.gradient_checkpointing_kwargs or {}).get('use_reentrant'): bad.append("use_reentrant=True gives no gradient to a block whose input needs none. Try: {'use_reentrant':False}.")
-    if args.train_sampling_strategy in ('group_by_length','batch_rebalance'): bad.append(
-        f"train_sampling_strategy={args.train_sampling_strategy!r} needs token counts, and rows are encoded only when they are used. Try: 'random'.")
+    if args.train_sampling_strategy=='batch_rebalance': bad.append(
+        "train_sampling_strategy='batch_rebalance' needs encoded rows, and rows are encoded only when they are used. Try: 'group_by_length'.")
     if best and metrics and best not in metrics: bad.append(f"metric_for_best_model={best!r} is not measured: {', '.join(metrics)} are.{nearest(best, metrics)}"
         + (" Try: eval_generation=True." if metrics==('loss',) else ""))
     if best and args.greater_is_better:
@@ -204,6 +205,37 @@ class VisionTrainer(Trainer):
         "What an evaluation will measure, without 'eval_'; empty where that cannot be said before."
         if data is None or isinstance(data, dict): return ()
         return ('loss', *(self.eval_generation.names(map(row_of(collator), data)) if self.eval_generation else ()))
+
+# %% ../nbs/04_training.ipynb #d687b85e
+class LengthGroups(torch.utils.data.Sampler):
+    "Every row once an epoch, rows of about one length side by side, batches in random order."
+    def __init__(self,
+        lengths:list, # tokens of each row
+        rows:int,     # of a batch
+        seed:int,     # with the epoch it decides the order
+        pool:int=50,  # batches that are sorted together
+    ): self.lengths,self.rows,self.seed,self.pool,self.epoch = lengths,rows,seed,pool*rows,0
+
+    def __len__(self): return len(self.lengths)
+    def set_epoch(self, epoch:int): self.epoch = epoch
+
+    def __iter__(self):
+        draw = torch.Generator().manual_seed(self.seed+self.epoch)
+        order = torch.randperm(len(self), generator=draw).tolist()
+        pools = [sorted(order[i:i+self.pool], key=self.lengths.__getitem__) for i in range(0, len(order), self.pool)]
+        batches = [p[i:i+self.rows] for p in pools for i in range(0, len(p), self.rows)]
+        last = [batches.pop()] if len(batches[-1])<self.rows else []      # a short batch stays at the end, or it would shift the others
+        return itertools.chain.from_iterable([batches[i] for i in torch.randperm(len(batches), generator=draw)] + last)
+
+@patch
+def _get_train_sampler(self:VisionTrainer, train_dataset=None):
+    "Transformers' sampler; rows in groups of one length where the arguments ask for it."
+    data,collator = self.train_dataset if train_dataset is None else train_dataset,self.data_collator
+    if self.args.train_sampling_strategy!='group_by_length' or not hasattr(data, '__len__'): return Trainer._get_train_sampler(self, train_dataset)
+    family = family_for(self.model)
+    lengths = [count_tokens(row_of(collator)(r), self.processing_class, family, getattr(collator, 'resize', None))['total'] for r in data]
+    seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+    return LengthGroups(lengths, self.args.train_batch_size, seed)
 
 # %% ../nbs/04_training.ipynb #4a55f871
 @patch
