@@ -1,6 +1,6 @@
 """Ten CPU minutes of LoRA on a real set, with vlm_ft: before, after, the tuned model on other rows' pictures, and the commonest answer.
 
-    python benchmarks/ten_minutes.py ocr_lines_fraktur --data DATA --max-pixels 32768
+    python benchmarks/ten_minutes.py ocr_lines_fraktur --data DATA --max-pixels 28672
     python benchmarks/ten_minutes.py receipts --data DATA --max-pixels 196608 --batch 4
 
 DATA is a folder with a folder for each set: train.jsonl, test.jsonl and the pictures they name.
