@@ -21,7 +21,7 @@ def pytest_collect_file(file_path, parent):
     if file_path.suffix=='.ipynb' and not file_path.name.startswith('_'): return NotebookFile.from_parent(parent, path=file_path)
 
 def pytest_collection_modifyitems(config, items):
-    items.sort(key=lambda o: not isinstance(o, Notebook))  # the long ones first, so that neither process idles at the end
+    items.sort(key=lambda o: (not isinstance(o, Notebook), 'examples' not in o.path.parts))  # the long ones first, so that neither process idles at the end
     for item in items:
         for flag in {'slow','cuda'} - set(asked(config)):
             if item.get_closest_marker(flag): item.add_marker(pytest.mark.skip(reason=f'runs with --{flag}'))
