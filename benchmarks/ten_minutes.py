@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from vlm_ft.base.recipe import MAIN
 from vlm_ft.demo import BASE, figures, peak_gib, room_for_answers, shuffled, tune
 from vlm_ft.evaluation.generation import predict
 from vlm_ft.evaluation.metrics import accepted_answers, score
@@ -19,7 +20,6 @@ from vlm_ft.merging import FastVisionModel
 from vlm_ft.messages import load_rows
 
 TASKS = {'ocr_lines_fraktur':'ocr', 'latex_ocr':'latex', 'receipts':'extract', 'captions':'vqa'}  # the rows of a set that are asked
-METRIC = {'ocr':'cer', 'latex':'cer', 'extract':'fields', 'vqa':'accuracy'}                       # the one figure of the table
 
 def read_set(folder:Path, task:str, limit=None)->tuple:
     "Training and test rows of one task."
@@ -29,11 +29,6 @@ def read_set(folder:Path, task:str, limit=None)->tuple:
 def majority(train:list, test:list)->list:
     "The commonest training answer, for every test row."
     return [Counter(a for r in train for a in accepted_answers(r)[:1]).most_common(1)[0][0]]*len(test)
-
-def scored(task:str, rows:list, predictions:list):
-    "The task's scores; LaTeX is also read letter by letter."
-    as_ocr = [{**r, 'task':'ocr'} for r in rows] if task=='latex' else rows
-    return score(as_ocr, predictions)
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -47,16 +42,16 @@ def main():
     train,test = read_set(a.data/a.set, task, a.limit)
     model,processor = FastVisionModel.from_pretrained(a.model, max_seq_length=4096, dtype=torch.float32, max_pixels=a.max_pixels, device='cpu')
     n = a.max_new_tokens or room_for_answers(train, processor)
-    read = lambda rows: scored(task, test, predict(model, processor, rows, batch_size=32, max_new_tokens=n))
+    read = lambda rows: score(test, predict(model, processor, rows, batch_size=32, max_new_tokens=n))
     print(f'{a.set}: {len(train)} rows to train on, {len(test)} to test on, answers of up to {n} tokens', flush=True)
     scores = {'before':read(test)}
     start = time.perf_counter()
     model,done = tune(model, processor, train, a.out/a.set, a.minutes, a.learning_rate, a.batch, a.seed, a.r)
     seconds = time.perf_counter()-start
-    scores |= {'after':read(test), 'shuffled':read(shuffled(test)), 'majority':scored(task, test, majority(train, test))}
+    scores |= {'after':read(test), 'shuffled':read(shuffled(test)), 'majority':score(test, majority(train, test))}
     print(figures(scores))
-    value = {k: next(s for s in table if s['metric']==METRIC[task]) for k,table in scores.items()}
-    line = dict(trainer='vlm_ft', set=a.set, metric=METRIC[task], rows=len(test), train_rows=len(train), minutes=a.minutes, seconds=round(seconds, 1), steps=done.global_step, batch=a.batch, r=a.r,
+    value = {k: next(s for s in table if s['metric']==MAIN[task]) for k,table in scores.items()}
+    line = dict(trainer='vlm_ft', set=a.set, metric=MAIN[task], rows=len(test), train_rows=len(train), minutes=a.minutes, seconds=round(seconds, 1), steps=done.global_step, batch=a.batch, r=a.r,
                 learning_rate=a.learning_rate, max_pixels=a.max_pixels, seed=a.seed, peak_gib=peak_gib(), **{k: [v['value'], v['low'], v['high']] for k,v in value.items()})
     a.out.mkdir(parents=True, exist_ok=True)
     with open(a.out/'results.jsonl', 'a') as f: f.write(json.dumps(line)+'\n')

@@ -403,7 +403,9 @@ class Muon(torch.optim.Optimizer):
         for g in self.param_groups:
             ps,lr = g['params'],g['lr']
             grad = torch.stack([p.grad for p in ps])
-            kept = self.state[ps[0]].setdefault('momentum', torch.zeros_like(grad))
+            state = self.state[ps[0]]
+            if not state: state['momentum'] = torch.zeros_like(grad)
+            kept = state['momentum']
             kept.lerp_(grad, 1-g['momentum'])
             new = orthogonal(grad.lerp(kept, g['momentum']))
             torch._foreach_mul_(ps, 1-lr*g['weight_decay'])
