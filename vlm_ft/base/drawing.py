@@ -234,7 +234,7 @@ TRUE_FRAKTUR = {'unifrakturmaguntia':8, 'unifrakturcook':6, 'fonts-blankenburg':
                 'fraktur-of-texgyrepagella-math':2, 'fraktur-of-texgyreschola-math':2}   # times as often as another family of their kind
 TWO_STROKE_HYPHEN = {'unifrakturmaguntia','unifrakturcook','fonts-blankenburg'}          # '-' looks like the Fraktur hyphen and is read as one
 KINDS        = dict(serif=26, sans=20, fraktur=22, hand=18, mono=8, script=6)            # per cent of the lines
-KINDS_TAUGHT = dict(serif=20, sans=15, fraktur=24, hand=26, mono=6, script=9)            # the same in training
+KINDS_TAUGHT = dict(serif=16, sans=15, fraktur=20, hand=32, mono=6, script=11)            # the same in training
 
 @lru_cache
 def faces(
@@ -570,6 +570,7 @@ def paper(
     rng,
     strength:float,   # 0..1
     old:bool,         # more often black and white, as scans of old books are
+    em:float,         # letter size, pixels: finer strokes bear less noise
 )->Image.Image:
     "Ink on paper: greys, uneven light, noise, or a threshold."
     S,p = strength,rng.random
@@ -585,7 +586,7 @@ def paper(
         if shaded:                                                              # down to 70% of the light
             lamp = np.array([[max(.7, 1-abs(rng.gauss(0, .2*S))) for _ in range(4)] for _ in range(2)], np.float32)
             a = a*np.asarray(Image.fromarray(lamp).resize((w, h), Image.Resampling.BILINEAR))
-        if noisy: a = a+_patch_of(rng, white if p() < .5 else soft, h, w)*min(rng.uniform(2, 45 if binary else 32)*S, (light-dark)*(.7 if shaded else 1)*ink_level(mask)/255/3)
+        if noisy: a = a+_patch_of(rng, white if p() < .5 else soft, h, w)*min(rng.uniform(2, 45 if binary else 32)*S, (light-dark)*(.7 if shaded else 1)*ink_level(mask)/255/3*min(1, em/26)**1.5)
         img = Image.fromarray(a.clip(0, 255).astype(np.uint8))
     else: img = mask.point((light+(dark-light)*V/255).astype(int).tolist())
     if binary: t = rng.randint(90, 120) if shaded else rng.randint(100, 160); img = img.point((255*(V > t)).tolist())
@@ -620,7 +621,7 @@ def expose(
     old:bool=False,   # as scans of old books
 )->Image.Image:       # mode L or RGB
     "Pen, paper and copier."
-    return copier(paper(pen(stray(mask, rng, strength, em), rng, strength, em), rng, strength, old), rng, strength, em)
+    return copier(paper(pen(stray(mask, rng, strength, em), rng, strength, em), rng, strength, old, em), rng, strength, em)
 
 # %% ../../nbs/base/drawing.ipynb #c4c240d5
 READ = ['Transcribe the line of text in the image exactly.', 'Read the text.', 'Read the text in the image.', 'What does the image say?', 'Transcribe.', 'OCR',
@@ -646,7 +647,7 @@ def draw_line(rng, folder, by_kind, progress):
     else: text = text_line(rng, folder, int(longest**rng.uniform(.4, 1.)), face)
     if not text: return draw_line(rng, folder, by_kind, progress)
     hand = face['kind'] in ('hand','script')
-    em = math.exp(rng.uniform(math.log(20 if hand or face['kind'] == 'fraktur' else 17), math.log(30 if rng.random() < 1-.5*strength else 62)))
+    em = math.exp(rng.uniform(math.log(22 if hand else 20 if face['kind'] == 'fraktur' else 17), math.log(30 if rng.random() < 1-.5*strength else 62)))
     em = min(em, 3600/(12+len(text)))                    # a long line of large letters would be shrunk by the processor anyway
     drawn = em*enlarged(face['path'])
     size = 20 if drawn < 21 else 28 if drawn < 32 else 44

@@ -8,8 +8,8 @@ __all__ = ['SYLLABLES', 'SUFFIXES', 'MONTHS', 'TOTALS', 'THANKS', 'PEOPLE', 'EXT
            'AXIS', 'RULE', 'SIZES', 'LAYOUT', 'LETTERS', 'DOTLESS', 'LETTER_GREEK', 'INDICES', 'IDIOMS', 'RELATIONS',
            'LATEX', 'shop_word', 'company', 'address', 'date', 'clock', 'money', 'bill', 'head_rows', 'date_rows',
            'item_rows', 'sum_rows', 'receipt', 'text_lines', 'boxed', 'receipt_ink', 'written', 'photograph',
-           'ask_keys', 'ask_receipt', 'read_receipt', 'draw_receipt', 'joined', 'source', 'braced', 'tall', 'Box',
-           'glyph_box', 'centred', 'grown', 'set_box', 'set_sym', 'set_cal', 'kind_of', 'set_row', 'set_frac',
+           'ask_keys', 'ask_field', 'ask_receipt', 'read_receipt', 'draw_receipt', 'joined', 'source', 'braced', 'tall',
+           'Box', 'glyph_box', 'centred', 'grown', 'set_box', 'set_sym', 'set_cal', 'kind_of', 'set_row', 'set_frac',
            'set_sqrt', 'set_accent', 'set_script', 'limits', 'set_fence', 'set_matrix', 'formula_ink', 'parse',
            'symbol', 'small_row', 'term', 'flat', 'expression', 'random_formula', 'draw_formula']
 
@@ -244,7 +244,7 @@ def photograph(
     edge = rng.randint(3, 10)
     framed = Image.new('L', (mask.width+2*edge, mask.height+2*edge), 0)
     framed.paste(mask, (edge, edge))
-    img,p = paper(framed, rng, .65*strength, False),rng.random
+    img,p = paper(framed, rng, .65*strength, False, em),rng.random
     if p() < .3*strength:                                                     # the table beside the paper
         draw,grey,(w,h) = ImageDraw.Draw(img),rng.randint(0, 120),img.size
         for side in rng.sample(range(4), rng.randint(1, 3)):
@@ -278,17 +278,21 @@ def ask_keys(
     "The keys as a question names them."
     return keys[0] if len(keys) == 1 else ', '.join(keys[:-1])+' and '+keys[-1]
 
+def ask_field(
+    rng,fields:dict,
+    key:str,   # of `FIELDS`
+)->tuple[str,str]:
+    "A question about one thing on the receipt, and its answer."
+    item = rng.choice(fields['items'])
+    return rng.choice(FIELDS[key]).format(item['name']),item['price'] if key == 'price' else str(len(fields['items'])) if key == 'count' else fields[key]
+
 def ask_receipt(rng, fields, lines, kind):
     "A question of a kind and its answer; None where the receipt is too long for it."
     if kind == 'extract':
         u = rng.random()
         keys = list(KEYS) if u < .6 else rng.sample(KEYS, rng.randint(1, 4)) if u < .8 else [k for k in KEYS if rng.random() < .6] or ['total']
         return rng.choice(EXTRACT[:1]*6+EXTRACT).format(ask_keys(keys)),json.dumps({k:fields[k] for k in keys}, ensure_ascii=False)
-    if kind == 'field':
-        key = rng.choices(list(FIELDS), (4, 3, 3, 2, 3, 1))[0]
-        item = rng.choice(fields['items'])
-        answer = item['price'] if key == 'price' else str(len(fields['items'])) if key == 'count' else fields[key]
-        return rng.choice(FIELDS[key]).format(item['name']),answer
+    if kind == 'field': return ask_field(rng, fields, rng.choices(list(FIELDS), (4, 3, 3, 2, 3, 1))[0])
     if kind == 'items': question,answer = rng.choice(ITEMS),json.dumps(dict(items=fields['items'], total=fields['total']), ensure_ascii=False)
     else: question,answer = rng.choice(LINES),'\n'.join(lines)
     return (question,answer) if len(answer) <= (240 if kind == 'items' else 350) else None
@@ -306,10 +310,12 @@ def read_receipt(rng, folder, by_kind, progress):
     if image.width*image.height > 131_072: return read_receipt(rng, folder, by_kind, progress)
     lines,kind = text_lines(rows),rng.choices(('extract','field','items','lines'), (6, 2, 1, 1))[0]
     if not (qa := ask_receipt(rng, fields, lines, kind)): kind = 'extract'; qa = ask_receipt(rng, fields, lines, kind)
-    return dict(parts=[image, qa[0]], answer=qa[1], kind=kind),lines
+    untold = dict(extract=('price','price','count'), field=tuple(FIELDS)).get(kind, ())      # what the answer has not said yet
+    more = dict(ask_field(rng, fields, rng.choice(untold)) for _ in range(rng.randint(0, 3))) if untold else {}
+    return dict(parts=[image, qa[0]], answer=qa[1], kind=kind, more=[m for m in more.items() if m[0] != qa[0]]),lines
 
 def draw_receipt(rng, folder, by_kind, progress):
-    "A shop receipt: its fields as JSON, one field, its items, or its lines."
+    "A shop receipt: its fields as JSON, one field, its items, or its lines; then single fields that were not told."
     return read_receipt(rng, folder, by_kind, progress)[0]
 
 # %% ../../nbs/base/papers.ipynb #0d242e9e
@@ -670,5 +676,5 @@ def draw_formula(rng, folder, by_kind, progress):
     box = set_box(node)
     em = min(rng.uniform(22, 40), math.sqrt(80_000/((box.width+1)*(box.height+box.depth+1))))
     mask = ImageOps.expand(warp(formula_ink(node, em), rng, 1., .4*strength, True), rng.randint(1, 12), 0)
-    image = copier(paper(written(mask, rng, .8*strength, em), rng, .55*strength, False), rng, .7*strength, em)
+    image = copier(paper(written(mask, rng, .8*strength, em), rng, .55*strength, False, em), rng, .7*strength, em)
     return dict(parts=[image, rng.choice(LATEX)], answer=text, kind='formula')

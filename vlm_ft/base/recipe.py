@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from PIL import Image
+from PIL import Image,features
 from .drawing import ALPHABET
 from .tasks import held_out,sample
 from ..evaluation.metrics import cer,score
@@ -139,7 +139,7 @@ class RowEncoder:
     ):
         self.tok,self.patch,self.merge = tok,patch,16//patch
         self.char = {c:i for c in ALPHABET+'\n' for i in self.ids(c)} if len(self.ids('the')) == 3 else {}   # quicker than asking the tokenizer
-        self.open,self.turn,self.end = map(self.ids, ('<|im_start|>user\n', '<|im_end|>\n<|im_start|>assistant\n', '<|im_end|>'))
+        self.open,self.turn,self.end,self.again = map(self.ids, ('<|im_start|>user\n', '<|im_end|>\n<|im_start|>assistant\n', '<|im_end|>', '\n<|im_start|>user\n'))
         self.image,self.before,self.after = (tok.convert_tokens_to_ids(t) for t in ('<|image_pad|>','<|vision_start|>','<|vision_end|>'))
 
     def ids(self, text): return self.tok(text, add_special_tokens=False).input_ids
@@ -147,11 +147,11 @@ class RowEncoder:
     def text(self, s): return [self.char[c] for c in s] if all(c in self.char for c in s) else self.ids(s)
 
     def __call__(self,
-        row:dict,        # parts, answer
-        answer:bool=True,# or only the prompt
-    )->dict:             # pictures [(patches, grid height, grid width)], ids, positions (3, n_tokens), n_prompt
+        row:dict,        # parts, answer; more questions with their answers, if any
+        answer:bool=True,# or only the first question
+    )->dict:             # pictures [(patches, grid height, grid width)], ids, positions (3, n_tokens), answers [(from, to)]
         "One conversation."
-        ids,positions,pictures,at = [],[],[],0
+        ids,positions,pictures,answers,at = [],[],[],[],0
         def add(new):
             nonlocal at
             ids.extend(new); positions.append(np.tile(at+np.arange(len(new)), (3,1))); at += len(new)
@@ -165,12 +165,13 @@ class RowEncoder:
             ids.extend([self.image]*(h*w)); positions.append(at+np.stack([np.zeros(h*w, int), np.repeat(np.arange(h), w), np.tile(np.arange(w), h)])); at += max(h, w)
             add([self.after])
         add(self.turn)
-        n_prompt = len(ids)
-        if answer: add(self.text(row['answer'])+self.end)
-        return dict(pictures=pictures, ids=ids, positions=np.concatenate(positions, 1), n_prompt=n_prompt)
+        for i,(question,said) in enumerate([('', row['answer']), *row.get('more', ())] if answer else []):
+            if i: add(self.again+self.text(question)+self.turn)
+            answers.append((len(ids), len(ids)+len(said := self.text(said)+self.end))); add(said)
+        return dict(pictures=pictures, ids=ids, positions=np.concatenate(positions, 1), answers=answers)
 
 # %% ../../nbs/base/recipe.ipynb #0e3161ca
-LONGEST = 1024  # tokens of a row, at most
+LONGEST = 1280  # tokens of a row, at most
 
 def patch_places(
     gh:int,gw:int, # patches down and across
@@ -206,8 +207,9 @@ def pack(
     starts = np.cumsum(n_txt)-n_txt
     ids,patches = np.concatenate([np.array(r['ids']) for r in rows]),np.concatenate([p for p,_,_ in pictures])
     places,positions = np.concatenate([patch_places(gh, gw, merge) for _,gh,gw in pictures]),np.concatenate([r['positions'] for r in rows], 1)
-    labels = np.full(len(ids), -100)
-    for s,r in zip(starts, rows): labels[s+r['n_prompt']-1:s+len(r['ids'])-1] = r['ids'][r['n_prompt']:]    # a position predicts the next token
+    labels,weights = np.full(len(ids), -100),np.zeros(len(ids), np.float32)
+    for s,r in zip(starts, rows):
+        for a,b in r['answers']: labels[s+a-1:s+b-1],weights[s+a-1:s+b-1] = r['ids'][a:b],(b-a)**-.5    # a position predicts the next token
     fill = 0
     if n_tokens:
         assert max(n_txt) <= LONGEST, f'a row of {max(n_txt)} tokens; attention is told {LONGEST} at most'
@@ -215,11 +217,12 @@ def pack(
         more_txt,more_vis = n_tokens-len(ids),-len(patches)%step
         n_txt,n_vis = n_txt+filled(more_txt, 512),n_vis+filled(more_vis, 512*merge**2)
         ids,labels,positions = np.pad(ids, (0, more_txt)),np.pad(labels, (0, more_txt), constant_values=-100),np.pad(positions, ((0,0), (0, more_txt)))
+        weights = np.pad(weights, (0, more_txt))
         patches,places = np.pad(patches, ((0, more_vis), (0,0))),np.pad(places, ((0, more_vis), (0,0)))
         fill = 2**math.ceil(math.log2(max(len(n_txt), len(n_vis), 64)))
     return dict(patches=torch.from_numpy(patches), patch_positions=torch.from_numpy(places), cu_vision=bounds(n_vis, max(0, fill-len(n_vis))),
         ids=torch.from_numpy(ids)[None], positions=torch.from_numpy(positions)[:,None], cu_text=bounds(n_txt, max(0, fill-len(n_txt))),
-        labels=torch.from_numpy(labels), n_rows=len(rows))
+        labels=torch.from_numpy(labels), weights=torch.from_numpy(weights), n_rows=len(rows))
 
 # %% ../../nbs/base/recipe.ipynb #8e9a8d62
 try:
@@ -258,7 +261,7 @@ def packed_loss(
     model,
     batch:dict, # of `pack`, on the model's device
 )->Tensor:
-    "Mean loss of the answers' tokens."
+    "Loss of the answers' tokens, a mean by their weights."
     inner,ids,most = model.model,batch['ids'],MAX_PIXELS//model.config.vision_config.patch_size**2
     seen = inner.visual(normalise(batch['patches']), grid_thw=None, cu_seqlens=batch['cu_vision'], max_seqlen=most, position_ids=batch['patch_positions']).pooler_output
     is_image = ids == model.config.image_token_id
@@ -266,7 +269,8 @@ def packed_loss(
     x = torch.where(is_image[...,None], seen.index_select(0, place)[None], inner.get_input_embeddings()(ids).to(seen.dtype))
     h = inner.language_model(inputs_embeds=x, position_ids=batch['positions'], attention_mask={'full_attention':None}, use_cache=False,
         cu_seq_lens_q=batch['cu_text'], max_length_q=LONGEST).last_hidden_state
-    return F.cross_entropy(model.lm_head(h[0]).float(), batch['labels'], ignore_index=-100)
+    each = F.cross_entropy(model.lm_head(h[0]).float(), batch['labels'], ignore_index=-100, reduction='none')
+    return (each*batch['weights']).sum()/batch['weights'].sum()
 
 # %% ../../nbs/base/recipe.ipynb #bea01004
 class DrawnBatches(torch.utils.data.IterableDataset):
@@ -488,7 +492,7 @@ class Training:
         lr:float=4e-3,      # of the matrices, at the top of its cosine
         warmup:int=200,     # steps to get there
         workers:int=15,     # processes that draw
-        views:int=2,        # how often a batch is seen
+        views:int=3,        # how often a batch is seen
         compiled:bool=False,# fuse the blocks and record the steps (CUDA)
         seed:int=0,
         task:str='',        # teach only those whose name begins so; '' for all
@@ -593,6 +597,7 @@ def train(
     **settings,              # of `Training`
 )->dict:                     # the log: curve, measurements, and figures once it has ended
     "Train on drawn text, measure on faces kept apart, save."
+    if not features.check('raqm'): print('Pillow sets text without Raqm here (it wants the system library FriBiDi): letters of joined scripts will stand alone.')
     t = Training(fonts, out, **settings)
     if resume: t.load()
     run(t, held_out(fonts, measured), measure_every, stretch)
@@ -615,7 +620,7 @@ def main():
     p.add_argument('--task', default='', help="teach only tasks whose name begins so: ocr, ocr/lines, …")
     p.add_argument('--compiled', action='store_true', help='fuse the blocks, record the steps (CUDA)')
     p.add_argument('--resume', action='store_true', help='go on from state.pt of --out')
-    for name,default in dict(minutes=12., stretch=math.inf, n_tokens=24576, lr=4e-3, workers=15, views=2, seed=0, measure_every=60., measured=.3, final=1.).items():
+    for name,default in dict(minutes=12., stretch=math.inf, n_tokens=24576, lr=4e-3, workers=15, views=3, seed=0, measure_every=60., measured=.3, final=1.).items():
         p.add_argument(f'--{name.replace("_", "-")}', type=type(default), default=default, help=f'default {default}')
     args = vars(p.parse_args())
     if args.pop('collect'):

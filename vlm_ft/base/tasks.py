@@ -18,11 +18,11 @@ TASKS = {  # how to draw it, and its share at a point of the course
     'ocr/lines':        (draw_line,    lambda p: 1.),
     'ocr/blocks':       (draw_block,   lambda p: difficulty(p)[2]),
     'ocr/digits':       (draw_digits,  lambda p: .12 if p > .06 else 0.),
-    'vqa/shapes':       (draw_shapes,  lambda p: .25 if p > .1 else 0.),
-    'vqa/charts':       (draw_chart,   lambda p: .20 if p > .2 else 0.),
-    'vqa/two pictures': (draw_pair,    lambda p: .08 if p > .2 else 0.),
-    'latex/formulas':   (draw_formula, lambda p: .10 if p > .2 else 0.),
-    'extract/receipts': (draw_receipt, lambda p: .12 if p > .33 else 0.)}
+    'vqa/shapes':       (draw_shapes,  lambda p: .30 if p > .1 else 0.),
+    'vqa/charts':       (draw_chart,   lambda p: .28 if p > .18 else 0.),
+    'vqa/two pictures': (draw_pair,    lambda p: .12 if p > .2 else 0.),
+    'latex/formulas':   (draw_formula, lambda p: .12 if p > .2 else 0.),
+    'extract/receipts': (draw_receipt, lambda p: .18 if p > .28 else 0.)}
 
 def sample(
     seed:int,
@@ -30,7 +30,7 @@ def sample(
     progress:float=1.,   # 0..1: where in the course
     seen:bool=True,      # training faces, or those kept apart
     task:str='',         # what its name begins with: one of `TASKS`, a kind of them, or '' for any
-)->dict:                 # parts (pictures and text), answer, kind, task
+)->dict:                 # parts (pictures and text), answer, kind, task; `more` questions about the same pictures with their answers, where the task has them
     "What to show and ask, with the answer; the same for the same number."
     rng,by_kind = random.Random(seed),faces(str(folder), seen)
     mine = [t for t in TASKS if t.startswith(task)]
