@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['ASCII', 'LATIN', 'OLD', 'MARKS', 'MATHS', 'ALPHABET', 'FONTS', 'DEBIAN', 'MORE', 'FREE_MATH', 'KEPT', 'UNSEEN',
-           'TRUE_FRAKTUR', 'TWO_STROKE_HYPHEN', 'KINDS', 'KINDS_TAUGHT', 'ACCENTS', 'ORDINARY', 'SIMPLE', 'V', 'READ',
-           'READ_HAND', 'READ_DIGITS', 'READ_BLOCK', 'first_word', 'shrink_font', 'one_case', 'math_fraktur', 'fetch',
-           'pick', 'add_face', 'fetch_or_none', 'collect_fonts', 'collect_words', 'tiny_fonts', 'faces', 'pick_face',
-           'enlarged', 'words', 'number', 'word', 'letters', 'printable', 'text_line', 'ink', 'block', 'gallery',
-           'in_cell', 'digit_line', 'wobble', 'nib', 'within', 'warp', 'stray', 'ink_level', 'pen', 'paper', 'copier',
-           'expose', 'difficulty', 'draw_line', 'draw_block', 'draw_digits']
+           'DISPLAY', 'TRUE_FRAKTUR', 'TWO_STROKE_HYPHEN', 'KINDS', 'KINDS_TAUGHT', 'ACCENTS', 'ORDINARY', 'SIMPLE',
+           'V', 'READ', 'READ_HAND', 'READ_DIGITS', 'READ_BLOCK', 'first_word', 'shrink_font', 'one_case',
+           'math_fraktur', 'fetch', 'pick', 'add_face', 'fetch_or_none', 'collect_fonts', 'collect_words', 'tiny_fonts',
+           'faces', 'pick_face', 'plain_face', 'enlarged', 'words', 'number', 'word', 'letters', 'printable',
+           'text_line', 'ink', 'block', 'gallery', 'in_cell', 'digit_line', 'wobble', 'nib', 'within', 'warp', 'stray',
+           'ink_level', 'pen', 'paper', 'copier', 'expose', 'difficulty', 'draw_line', 'draw_block', 'draw_digits']
 
 # %% ../../nbs/base/drawing.ipynb #4c78d7c7
 import json,math,random,shutil,subprocess,tarfile,tempfile,unicodedata,zlib
@@ -230,6 +230,8 @@ def tiny_fonts(
     return str(out)
 
 # %% ../../nbs/base/drawing.ipynb #00571e8b
+DISPLAY = set('''bangers amatic-sc vt323 special-elite fonts-ocr-a fonts-ocr-b righteous abril-fatface bodoni-moda fonts-gnutypewriter fonts-essays1743 pixelify-sans jersey-10
+    press-start-2p orbitron gruppo poiret-one metamorphous almendra gloock chewy titan-one passion-one'''.split())   # faces too odd for the small print of charts and receipts
 TRUE_FRAKTUR = {'unifrakturmaguntia':8, 'unifrakturcook':6, 'fonts-blankenburg':6, 'katex':2, 'manufacturing-consent':3, 'fraktur-of-stixgeneral-regular':2,
                 'fraktur-of-texgyrepagella-math':2, 'fraktur-of-texgyreschola-math':2}   # times as often as another family of their kind
 TWO_STROKE_HYPHEN = {'unifrakturmaguntia','unifrakturcook','fonts-blankenburg'}          # '-' looks like the Fraktur hyphen and is read as one
@@ -259,6 +261,15 @@ def pick_face(
     "One face, each kind with its share."
     kind = kind if kind in by_kind else rng.choices(list(by_kind), [sum(weights) for _,weights in by_kind.values()])[0]
     return rng.choices(*by_kind[kind])[0]
+
+def plain_face(
+    rng,
+    by_kind:dict, # of `faces`
+    kinds:dict,   # kind -> its share
+)->dict:
+    "A face for small print: of a display family only if three draws find no other."
+    some = [pick_face(rng, by_kind, rng.choices(list(kinds), list(kinds.values()))[0]) for _ in range(3)]
+    return next((f for f in some if f['family'] not in DISPLAY), some[0])
 
 @lru_cache(4000)
 def _font(path, size): return ImageFont.truetype(path, size)
@@ -347,7 +358,7 @@ def text_line(
     while size < n_chars or not parts:
         u = rng.random()
         w = word(rng, folder, lang) if u < (.9 if old else .76) else number(rng) if u < .94 else letters(rng, rng.randint(1, 6), face['chars'])
-        if w.isupper() and face['kind'] == 'script': w = w.capitalize()           # nobody reads a word of swash capitals
+        if w.isupper() and face['kind'] in ('script','fraktur'): w = w.capitalize()   # nobody sets a word in swash or Fraktur capitals
         if (v := rng.random()) < .16: w += rng.choice(',,,,....;:!?)-—…') if v > .01 else ' —'
         elif v < .19: w = rng.choice(('„{}“','“{}”','»{}«','({})','"{}"','‘{}’','„{}','{}”')).format(w)
         parts.append(w); size += len(w)+1

@@ -7,9 +7,9 @@ __all__ = ['SYLLABLES', 'SUFFIXES', 'MONTHS', 'TOTALS', 'THANKS', 'PEOPLE', 'EXT
            'GREEK', 'CAPITALS', 'SIGNS', 'GLYPHS', 'CLASSES', 'GROWING', 'OPERATORS', 'ACCENT_GLYPHS', 'FUNCTIONS',
            'AXIS', 'RULE', 'SIZES', 'LAYOUT', 'LETTERS', 'DOTLESS', 'LETTER_GREEK', 'INDICES', 'IDIOMS', 'RELATIONS',
            'LATEX', 'shop_word', 'company', 'address', 'date', 'clock', 'money', 'bill', 'head_rows', 'date_rows',
-           'item_rows', 'sum_rows', 'receipt', 'text_lines', 'boxed', 'receipt_ink', 'written', 'photograph',
-           'ask_keys', 'ask_field', 'ask_receipt', 'read_receipt', 'draw_receipt', 'joined', 'source', 'braced', 'tall',
-           'Box', 'glyph_box', 'centred', 'grown', 'set_box', 'set_sym', 'set_cal', 'kind_of', 'set_row', 'set_frac',
+           'item_rows', 'sum_rows', 'receipt', 'text_lines', 'receipt_ink', 'written', 'photograph', 'ask_keys',
+           'ask_field', 'ask_receipt', 'read_receipt', 'draw_receipt', 'joined', 'source', 'braced', 'tall', 'Box',
+           'glyph_box', 'centred', 'grown', 'set_box', 'set_sym', 'set_cal', 'kind_of', 'set_row', 'set_frac',
            'set_sqrt', 'set_accent', 'set_script', 'limits', 'set_fence', 'set_matrix', 'formula_ink', 'parse',
            'symbol', 'small_row', 'term', 'flat', 'expression', 'random_formula', 'draw_formula']
 
@@ -21,7 +21,7 @@ from io import BytesIO
 from pathlib import Path
 import numpy as np
 from PIL import Image,ImageChops,ImageDraw,ImageFont,ImageOps
-from .drawing import _font,copier,difficulty,paper,pen,pick_face,printable,warp,words
+from .drawing import _font,copier,difficulty,paper,pen,plain_face,printable,warp,words
 
 # %% ../../nbs/base/papers.ipynb #de580f69
 SYLLABLES = 'ka lo mi ra ten sun bel vor da chi mon gar ei pu sha nor tal win zu fer hol je qua rin sto ba xi lan gro ye'.split()
@@ -193,11 +193,6 @@ def _sized(path, x_height):
     size = max(11, min(24, round(100*x_height/max(30, -b[1]))))
     return _font(path, size),size
 
-@lru_cache
-def boxed(path)->bool:
-    "Whether a face cuts its letters out of black boxes, as one of an OCR family does."
-    return _font(path, 100).getbbox('.', anchor='ls')[1] < -50
-
 def receipt_ink(
     rows:list,        # of `receipt`
     face:dict,
@@ -300,7 +295,7 @@ def ask_receipt(rng, fields, lines, kind):
 def read_receipt(rng, folder, by_kind, progress):
     "A receipt, its question, its answer, and the lines that are printed on it."
     strength = difficulty(progress)[0]
-    while boxed((face := pick_face(rng, by_kind, rng.choices(('mono','sans','serif'), (5, 3, 1))[0]))['path']): pass
+    face = plain_face(rng, by_kind, dict(mono=5, sans=3, serif=1))
     rows,fields = receipt(rng, folder, face, progress)
     x_height,pitch = rng.uniform(6.6, 8.4),rng.uniform(1.05, 1.35)
     mask = receipt_ink(rows, face, x_height, pitch, rng.choice((0, 0, 22, 26, 30)))

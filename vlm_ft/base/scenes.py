@@ -4,18 +4,17 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'SHAPES', 'UNIT', 'GENERIC', 'NUMBERS', 'SIDES', 'PLACES', 'SAY', 'ASK', 'STATEMENTS', 'LOOKS', 'UNSIZED',
-           'CATEGORIES', 'MEASURES', 'SERIES', 'DISPLAY', 'CHART', 'FORMS', 'PAIR', 'SCENES', 'Thing', 'put', 'Scene',
-           'looks', 'scatter', 'scene', 'soil', 'picture', 'plural', 'an', 'What', 'descriptions', 'ask_count',
-           'ask_colour', 'ask_shape', 'ask_name', 'ask_exists', 'ask_more', 'single', 'ask_side', 'ask_next',
-           'ask_cell', 'ask_end', 'ask_size', 'ask_odd', 'odd_looks', 'size_looks', 'Boxes', 'boxes', 'boxes_picture',
-           'say_count', 'say_exists', 'say_all', 'say_side', 'say_box', 'say_each', 'say_boxes', 'say_only',
-           'say_place', 'say_edge', 'say_end', 'say_height', 'say_contain', 'say_higher', 'ask_boxes', 'listed',
-           'counted', 'caption', 'said', 'ask_again', 'draw_shapes', 'Chart', 'legible', 'short_words', 'plan_chart',
-           'Sheet', 'draw_plot', 'draw_pie', 'chart_picture', 'chart_value', 'chart_extreme', 'chart_number',
-           'chart_compare', 'chart_sum', 'chart_colour', 'chart_by_colour', 'chart_by_value', 'chart_above',
-           'chart_title', 'chart_list', 'chart_axis', 'chart_change', 'draw_chart', 'pair_more', 'pair_total',
-           'pair_which', 'pair_shape', 'pair_added', 'pair_what', 'pair_read', 'pair_same', 'pair_sum', 'draw_pair',
-           'shares']
+           'CATEGORIES', 'MEASURES', 'SERIES', 'CHART', 'FORMS', 'PAIR', 'SCENES', 'Thing', 'put', 'Scene', 'looks',
+           'scatter', 'scene', 'soil', 'picture', 'plural', 'an', 'What', 'descriptions', 'ask_count', 'ask_colour',
+           'ask_shape', 'ask_name', 'ask_exists', 'ask_more', 'single', 'ask_side', 'ask_next', 'ask_cell', 'ask_end',
+           'ask_size', 'ask_odd', 'odd_looks', 'size_looks', 'Boxes', 'boxes', 'boxes_picture', 'say_count',
+           'say_exists', 'say_all', 'say_side', 'say_box', 'say_each', 'say_boxes', 'say_only', 'say_place', 'say_edge',
+           'say_end', 'say_height', 'say_contain', 'say_higher', 'ask_boxes', 'listed', 'counted', 'caption', 'said',
+           'ask_again', 'draw_shapes', 'Chart', 'legible', 'short_words', 'plan_chart', 'Sheet', 'draw_plot',
+           'draw_pie', 'chart_picture', 'chart_value', 'chart_extreme', 'chart_number', 'chart_compare', 'chart_sum',
+           'chart_colour', 'chart_by_colour', 'chart_by_value', 'chart_above', 'chart_title', 'chart_list',
+           'chart_axis', 'chart_change', 'draw_chart', 'pair_more', 'pair_total', 'pair_which', 'pair_shape',
+           'pair_added', 'pair_what', 'pair_read', 'pair_same', 'pair_sum', 'draw_pair', 'shares']
 
 # %% ../../nbs/base/scenes.ipynb #f50836c5
 import math
@@ -25,7 +24,7 @@ from io import BytesIO
 from itertools import product
 from typing import NamedTuple
 from PIL import Image,ImageChops,ImageDraw
-from .drawing import _font,difficulty,digit_line,expose,ink,pick_face,printable,warp,words
+from .drawing import _font,difficulty,digit_line,expose,ink,pick_face,plain_face,printable,warp,words
 
 # %% ../../nbs/base/scenes.ipynb #6e54b3ab
 COLOURS = dict(  # name -> its looks
@@ -160,7 +159,7 @@ def picture(
 
 # %% ../../nbs/base/scenes.ipynb #deb88c7a
 GENERIC = ('object','shape','item','figure')
-NUMBERS = ('zero','one','two','three','four','five','six','seven','eight','nine')
+NUMBERS = ('zero','one','two','three','four','five','six','seven','eight','nine','ten')
 
 def plural(noun): return noun+('es' if noun.endswith('s') or noun.endswith('x') else 's')
 def an(text): return ('an ' if text[0] in 'aeiou' else 'a ')+text
@@ -355,7 +354,7 @@ def _quantity(rng, n):
     "A claim about a number, and whether it holds for `n`."
     k = max(1, n+rng.choice((-1, 0, 0, 1)))
     how,holds = rng.choice((('exactly', n == k), ('exactly', n == k), ('at least', n >= k), ('at most', n <= k)))
-    return f'{how} {NUMBERS[k] if rng.random() < .4 else k}',holds,k
+    return f'{how} {NUMBERS[k] if rng.random() < .4 and k < len(NUMBERS) else k}',holds,k
 
 def say_count(rng, s):
     w,_ = _some_what(rng, s.things)
@@ -587,9 +586,6 @@ CATEGORIES = ('Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec', 'Mon Tue Wed Th
 MEASURES = 'Sales Visitors Rainfall Points Members Scores Votes Hours Books Exports Output Costs Students Trips Prices Wins Orders Births Profit Users'.split()
 SERIES = ('men women', 'boys girls', 'import export', 'old new', 'city country', '2010 2020', 'home away', 'plan actual', 'day night', 'first second')
 
-DISPLAY = set('''bangers amatic-sc vt323 special-elite fonts-ocr-a fonts-ocr-b righteous abril-fatface bodoni-moda fonts-gnutypewriter fonts-essays1743 pixelify-sans jersey-10
-    press-start-2p orbitron gruppo poiret-one metamorphous almendra gloock chewy titan-one passion-one'''.split())   # faces too odd for small figures
-
 class Chart(NamedTuple):
     form:str       # 'bar','barh','line','pie'
     cats:list      # categories
@@ -638,8 +634,7 @@ def _shares(rng, n, apart):
 
 def plan_chart(rng, folder, by_kind, form, n):
     "What a chart says."
-    some = [pick_face(rng, by_kind, rng.choices(('sans','serif','mono'), (7, 2, 1))[0]) for _ in range(3)]
-    face = next((f for f in some if f['family'] not in DISPLAY), some[0])
+    face = plain_face(rng, by_kind, dict(sans=7, serif=2, mono=1))
     size = legible(face['path'], rng.randint(11, 14))
     cats = _categories(rng, folder, n)
     title = rng.choice(MEASURES)+rng.choice(('', f' in {rng.randint(1990, 2024)}', f' by {rng.choice(("group","region","type","year","team"))}'))
