@@ -173,6 +173,7 @@ def encode(
     if prompt_only: return out
     mask = answer_mask(ids, messages, processor, family)
     if train_on=='text': mask = ~torch.isin(ids, torch.tensor(processor.tokenizer.convert_tokens_to_ids(list(family.image_tokens))))
+    mask[0] = False                                                          # the first token is predicted by nothing
     return {**out, 'labels':ids.where(mask, -100)}
 
 # %% ../nbs/02_data.ipynb #2b677184

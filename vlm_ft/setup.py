@@ -13,6 +13,7 @@ from .data import check_rows, encode
 from .loading import check_length, is_bf16_supported
 from .messages import DataError, box_of, for_rows
 from .models.family import base_of, family_for, refuse_unknown
+from .packing import pack_batch
 
 # %% ../nbs/03_setup.ipynb #501655b9
 def pad_batch(
@@ -35,6 +36,8 @@ def pad_batch(
 # %% ../nbs/03_setup.ipynb #49da386f
 class VisionDataCollator:
     "Rows in, a padded batch with labels out; for our trainer, TRL's, or any DataLoader."
+    packing = False   # True: a packed batch, for a model that attends within rows (our trainer sets it, on a copy)
+
     def __init__(self,
         model,                          # a supported model, PEFT-wrapped or not; only its config is kept
         processor,
@@ -72,7 +75,7 @@ class VisionDataCollator:
         if not len(examples): raise DataError("there is no row to make a batch of.\nFound: an empty list.\nTry: at least one row.")
         try: features = for_rows(self.encode, examples)
         except DataError as e: raise DataError([(i, f"(counted within its batch) {text}") for i,text in e.problems]) from e
-        return pad_batch(features, self.family, self.pad_id)
+        return pack_batch(features, self.family) if self.packing else pad_batch(features, self.family, self.pad_id)
 
     def check(self, examples, decode=True)->list[dict]:
         "`check_rows` on examples as this collator will read them."
@@ -135,7 +138,7 @@ class VisionTrainingArguments(TrainingArguments):
     dataset_text_field:str = ''
     dataset_kwargs:dict|str|None = None
     dataset_num_proc:int|None = None                     # accepted: there is nothing to prepare in advance
-    packing:bool = False
+    packing:bool = True                                  # rows of a step one after the other, not padded; False: the plain way
     assistant_only_loss:bool|None = None
 
     def __post_init__(self):
@@ -160,7 +163,6 @@ _TRL = { # name: (values that agree, why no other does)
 'dataset_text_field':    (('', None), "rows hold messages, not one text column"),
 'dataset_kwargs':        ((None, {}, {'skip_prepare_dataset':True}), "rows are encoded by the collator, and nothing is prepared in advance"),
 'remove_unused_columns': ((False,), "the pictures are columns that no forward() names, and would be dropped"),
-'packing':               ((False, None), "rows with pictures are padded, not packed"),
 'assistant_only_loss':   ((True, None), "the collator decides it: VisionDataCollator(…, train_on_responses_only=False) trains on all text")}
 
 def _check_trl(args):

@@ -8,8 +8,8 @@ __all__ = ['check_model', 'check_args', 'checkpoint_bytes', 'check_room', 'StepL
            'find_checkpoint', 'saved_shapes', 'check_checkpoint', 'check_unfinished', 'own_shapes', 'load_whole']
 
 # %% ../nbs/04_training.ipynb #78fa904c
-import inspect,itertools,json,logging,random,shutil,tempfile,time
-from contextlib import contextmanager
+import copy,inspect,itertools,json,logging,random,shutil,tempfile,time
+from contextlib import contextmanager,nullcontext
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -25,6 +25,7 @@ from .data import count_tokens
 from .loading import check_length, for_training, keep_inputs_frozen
 from .messages import load_rows
 from .models.family import base_of, family_for, nearest, refuse_unknown
+from .packing import packed, packed_loss
 from .setup import VisionDataCollator, VisionTrainingArguments
 
 # %% ../nbs/04_training.ipynb #ea815d81
@@ -200,6 +201,7 @@ class VisionTrainer(Trainer):
         for callback in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK): self.remove_callback(callback)
         if progress: self.add_callback(StepLines())
         self._tokens,self._mark,self._paused = 0,None,0.  # since the last log: tokens read; its time; seconds of evaluation
+        self.packs = bool(getattr(args, 'packing', True)) and isinstance(data_collator, VisionDataCollator) and self.compute_loss_func is None and args.world_size==1
 
     def _measured(self, data, collator)->tuple:
         "What an evaluation will measure, without 'eval_'; empty where that cannot be said before."
@@ -239,11 +241,26 @@ def _get_train_sampler(self:VisionTrainer, train_dataset=None):
 
 # %% ../nbs/04_training.ipynb #4a55f871
 @patch
+def get_train_dataloader(self:VisionTrainer):
+    "Transformers' loader; its batches are packed where `packs` says so."
+    collator = self.data_collator
+    if self.packs: self.data_collator = copy.copy(collator); self.data_collator.packing = True
+    try: return Trainer.get_train_dataloader(self)
+    finally: self.data_collator = collator
+
+@patch
+def compute_loss(self:VisionTrainer, model, inputs, return_outputs=False, num_items_in_batch=None):
+    "Transformers' loss; of a packed batch, ours."
+    if 'row_bounds' not in inputs: return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+    return packed_loss(model, inputs, num_items_in_batch)
+
+@patch
 def training_step(self:VisionTrainer, model, inputs, num_items_in_batch=None):
     "One forward and backward; its tokens are counted where they are, on the device."
     self._mark = self._mark or time.monotonic()
     self._tokens = self._tokens + (inputs['attention_mask'].sum() if 'attention_mask' in inputs else inputs['input_ids'].numel())
-    return Trainer.training_step(self, model, inputs, num_items_in_batch)
+    with packed(model, family_for(model)) if 'row_bounds' in inputs else nullcontext():   # a checkpointed block attends again in the backward pass
+        return Trainer.training_step(self, model, inputs, num_items_in_batch)
 
 @patch
 def log(self:VisionTrainer, logs, start_time=None):

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['SPECIAL', 'ROLES', 'TEMPLATE', 'WORDS', 'LARGE', 'SHAPES', 'MAX_PIXELS', 'LONGEST', 'MAIN', 'learn_pieces',
            'make_tokenizer', 'model_config', 'new_model', 'make_image_processor', 'patchify', 'normalise', 'RowEncoder',
-           'patch_places', 'bounds', 'filled', 'pack', 'varlen_attention', 'use_varlen', 'packed_loss', 'DrawnBatches',
-           'read', 'measure', 'main_figures', 'Course', 'save_base', 'compile_blocks', 'orthogonal', 'Muon',
-           'optimisers', 'set_rate', 'take_step', 'Recorded', 'Training', 'course_texts', 'batches', 'note', 'run',
-           'train', 'main']
+           'patch_places', 'bounds', 'filled', 'pack', 'use_varlen', 'packed_loss', 'DrawnBatches', 'read', 'measure',
+           'main_figures', 'Course', 'save_base', 'compile_blocks', 'orthogonal', 'Muon', 'optimisers', 'set_rate',
+           'take_step', 'Recorded', 'Training', 'course_texts', 'batches', 'note', 'run', 'train', 'main']
 
 # %% ../../nbs/base/recipe.ipynb #ca433b40
-import argparse,inspect,json,math,random,time
+import argparse,json,math,random,time
 from collections import deque
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from PIL import Image,features
 from .drawing import ALPHABET
 from .tasks import held_out,sample
 from ..evaluation.metrics import cer,score
+from ..packing import PACKED
 
 # %% ../../nbs/base/recipe.ipynb #c5a76469
 SPECIAL = ['<|endoftext|>','<|im_start|>','<|im_end|>','<|vision_start|>','<|vision_end|>','<|vision_pad|>','<|image_pad|>','<|video_pad|>']
@@ -225,37 +225,12 @@ def pack(
         labels=torch.from_numpy(labels), weights=torch.from_numpy(weights), n_rows=len(rows))
 
 # %% ../../nbs/base/recipe.ipynb #8e9a8d62
-try:
-    from torch.nn.attention.varlen import varlen_attn
-    WINDOW = 'window_size' in inspect.signature(varlen_attn).parameters   # how this torch is told to look back only
-except ImportError: varlen_attn = None                                    # before torch 2.10: row by row
-
-def varlen_attention(
-    module,query:Tensor,key:Tensor,value:Tensor, # (1, heads, n_tokens, head_dim)
-    attention_mask,scaling:float,
-    cu_seq_lens_q:Tensor=None, # bounds of the rows
-    max_length_q:int=None,     # no row is longer
-    is_causal:bool=None,
-    **kwargs,
-)->tuple[Tensor,None]:         # (1, n_tokens, heads, head_dim)
-    "Attention within each row of a packed sequence."
-    causal = module.is_causal if is_causal is None else is_causal
-    if varlen_attn is None or not query.is_cuda:
-        lengths = [n for n in (cu_seq_lens_q[1:]-cu_seq_lens_q[:-1]).tolist() if n]
-        out = [F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scaling) for q,k,v in zip(*(t.split(lengths, dim=2) for t in (query, key, value)))]
-        return torch.cat(out, 2).transpose(1, 2), None
-    q,k,v = (t[0].transpose(0, 1).to(torch.bfloat16) for t in (query, key, value))
-    how = dict(window_size=(-1, 0 if causal else -1)) if WINDOW else dict(is_causal=causal)
-    return varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **how)[None].to(value.dtype), None
-
 def use_varlen(model):
     "Let a model attend within packed rows."
-    from transformers import AttentionInterface
-    AttentionInterface.register('flash_varlen', varlen_attention)
     patch = model.model.visual.patch_embed
     patch.forward = lambda x: F.linear(x, patch.proj.weight.flatten(1))   # a convolution whose stride is its kernel: one matrix product
-    model.model.visual.config._attn_implementation = 'flash_varlen'
-    model.model.language_model.config._attn_implementation = 'flash_varlen'
+    model.model.visual.config._attn_implementation = PACKED
+    model.model.language_model.config._attn_implementation = PACKED
 
 def packed_loss(
     model,
@@ -492,7 +467,7 @@ class Training:
         lr:float=4e-3,      # of the matrices, at the top of its cosine
         warmup:int=200,     # steps to get there
         workers:int=15,     # processes that draw
-        views:int=3,        # how often a batch is seen
+        views:int=2,        # how often a batch is seen
         compiled:bool=False,# fuse the blocks and record the steps (CUDA)
         seed:int=0,
         task:str='',        # teach only those whose name begins so; '' for all
@@ -583,6 +558,7 @@ def run(t:Training,
         if t.spent >= next_measure and t.spent < until:
             t.reader.load_state_dict(t.model.state_dict())
             t.log['measured'].append(dict(seconds=round(t.spent, 1), **main_figures(measure(t.reader, t.tok, tests)['scores']))); print(t.log['measured'][-1], flush=True)
+            t.save()
             next_measure,tick = t.spent+measure_every,time.perf_counter()
     drawn.close(); t.save()
 
@@ -620,7 +596,7 @@ def main():
     p.add_argument('--task', default='', help="teach only tasks whose name begins so: ocr, ocr/lines, …")
     p.add_argument('--compiled', action='store_true', help='fuse the blocks, record the steps (CUDA)')
     p.add_argument('--resume', action='store_true', help='go on from state.pt of --out')
-    for name,default in dict(minutes=12., stretch=math.inf, n_tokens=24576, lr=4e-3, workers=15, views=3, seed=0, measure_every=60., measured=.3, final=1.).items():
+    for name,default in dict(minutes=12., stretch=math.inf, n_tokens=24576, lr=4e-3, workers=15, views=2, seed=0, measure_every=60., measured=.3, final=1.).items():
         p.add_argument(f'--{name.replace("_", "-")}', type=type(default), default=default, help=f'default {default}')
     args = vars(p.parse_args())
     if args.pop('collect'):

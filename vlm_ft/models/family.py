@@ -8,6 +8,7 @@ __all__ = ['nearest', 'refuse_unknown', 'table', 'base_of', 'ImageTokens', 'Unsu
 
 # %% ../../nbs/models/family.ipynb #abfe44ee
 import difflib, re
+import torch
 from typing import NamedTuple
 from fastcore.basics import patch
 
@@ -82,6 +83,7 @@ class Family:
     pad_values:dict = {}                     # per-token tensors beside input_ids and labels, with their padding
     template_names:tuple = ()                # what other libraries call the family's chat template
     batched_keys:tuple = ()                  # picture tensors that the processor gives a batch dimension
+    packs:tuple = ()                         # module paths whose attention is told where the rows or pictures of a packed batch end
 
     def __init__(self, config): self.config = config
 
@@ -113,6 +115,14 @@ class Family:
     def collate_images(self, rows:list, length:int, left:bool)->dict:
         "The picture part of a batch padded to `length` tokens (on the left or not) from encoded rows; empty without pictures."
         raise NotImplementedError
+
+    def pack_images(self, rows:list)->dict:
+        "The picture part of encoded rows as one sequence; empty without pictures."
+        return self.collate_images(rows, sum(len(r['input_ids']) for r in rows), False)
+
+    def positions(self, row:dict):
+        "Rotary positions of an encoded row's tokens, (axes, tokens) or (axes, 1, tokens)."
+        return torch.arange(len(row['input_ids']))[None]
 
 # %% ../../nbs/models/family.ipynb #88523599
 @patch

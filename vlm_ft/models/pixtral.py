@@ -10,6 +10,7 @@ import math
 import torch, torch.nn.functional as F
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil, get_resize_output_image_size
 from transformers.processing_utils import ProcessorMixin, ProcessingKwargs
+from transformers.utils.generic import is_flash_attention_requested
 import numpy as np
 from .family import Family, ImageTokens, UnsupportedModel, register
 
@@ -56,6 +57,7 @@ class Pixtral(Family):
     turn_start,turn_end = '[/INST]','</s>'
     image_token,image_tokens = '[IMG]',('[IMG]','[IMG_BREAK]','[IMG_END]')
     folds_system = 'always'
+    packs = (vision,language)
 
     def __init__(self, config):
         if (kind := config.vision_config.model_type)!='pixtral':
@@ -82,6 +84,15 @@ class Pixtral(Family):
         h,w = get_resize_output_image_size(np.empty((3,size[1],size[0]), dtype=bool), size=edge, patch_size=side)
         if not h*w: raise ValueError(f"A picture of {size[0]}x{size[1]} pixels has no width or height left once its longer side is {edge}.")
         return ImageTokens(text=(h//side)*(w//side+1))
+
+    def prepare(self, model):
+        "Tell the tower's attention where pictures end, when it asks for bounds: transformers gives it places alone."
+        def tell(tower, args, kwargs):
+            sizes,side = kwargs.get('image_sizes'),tower.patch_size
+            if sizes is None or not is_flash_attention_requested(tower.config): return None
+            lengths = [(h//side)*(w//side) for h,w in sizes.tolist()]
+            return args, {**kwargs, 'cu_seq_lens_q':F.pad(torch.tensor(lengths).cumsum(0), (1,0)).to(sizes.device, torch.int32), 'max_length_q':max(lengths)}
+        model.get_submodule(self.vision).register_forward_pre_hook(tell, with_kwargs=True)
 
     def collate_images(self, rows, length, left):
         pictures = [p[:,:h,:w] for r in rows if 'pixel_values' in r for p,(h,w) in zip(r['pixel_values'], r['image_sizes'].tolist())]

@@ -38,6 +38,7 @@ class Qwen2VL(Family):
     image_token = '<|image_pad|>'
     image_tokens = ('<|vision_start|>','<|image_pad|>','<|video_pad|>','<|vision_end|>')
     content_tokens = tuple(f'<|{what}_{side}|>' for what in ('object_ref','box','quad') for side in ('start','end'))  # how Qwen writes where a thing is
+    packs = (vision,language)
     pad_values = {'mm_token_type_ids':0}  # 0: text; the model finds pictures for its rotary positions by the 1s
 
     def processor(self, folder, **kwargs): return Qwen2VLProcessor.from_pretrained(folder, **kwargs)
@@ -62,6 +63,20 @@ class Qwen2VL(Family):
         side,(w,h) = im.patch_size*im.merge_size,size
         h,w = smart_resize(h, w, side, im.size['shortest_edge'], im.size['longest_edge'])
         return ImageTokens(text=(h//side)*(w//side))
+
+    def positions(self, row):
+        "Three axes: text counts on all of them alike, a picture's rows and columns on the last two."
+        image,grids,at,parts = row['mm_token_type_ids']==1,iter(row.get('image_grid_thw', ())),0,[]
+        merge = self.config.vision_config.spatial_merge_size
+        for run in torch.tensor_split(image, (image.diff().nonzero()[:,0]+1).tolist()):
+            if run[0]:
+                t,h,w = next(grids).tolist()
+                parts.append(at+torch.cartesian_prod(*(torch.arange(n) for n in (t, h//merge, w//merge))).T)
+                at += max(h, w)//merge
+            else:
+                parts.append((at+torch.arange(len(run))).expand(3, -1))
+                at += len(run)
+        return torch.cat(parts, 1)[:,None]
 
     def collate_images(self, rows, length, left):
         have = [r for r in rows if 'pixel_values' in r]

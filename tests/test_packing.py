@@ -1,0 +1,77 @@
+"The switch: training with rows packed is training with rows padded, step by step, for every family."
+import pytest, torch
+from transformers import TrainingArguments
+from vlm_ft.lora import get_peft_model
+from vlm_ft.models.family import base_of, family_for
+from vlm_ft.models.tiny import FAMILIES, drawn, tiny
+from vlm_ft.setup import VisionDataCollator, VisionTrainingArguments
+from vlm_ft.training import VisionTrainer
+
+def rows():
+    "Text alone, one and two pictures, answers of 1 to 60 characters."
+    out = [{'image':drawn(str(i), (30+9*i, 28+5*(i%3))), 'question':'Read.', 'answer':str(i)*(1+5*i)} for i in range(8)]
+    out[2] = [{'role':'user','content':'No picture?'}, {'role':'assistant','content':'None.'}]
+    out[5] = [{'role':'user','content':[{'type':'image','image':drawn('a', (40,90))}, {'type':'text','text':'and'}, {'type':'image','image':drawn('b')}]}, {'role':'assistant','content':'two'}]
+    return out
+
+def run(name, folder, steps=20, parts=None, **kwargs):
+    "Losses of a run, and the weights it ends with."
+    model,processor = tiny(name)
+    torch.manual_seed(0)
+    model = get_peft_model(model, r=4, **parts or {})
+    args = VisionTrainingArguments(output_dir=str(folder), max_steps=steps, logging_steps=1, per_device_train_batch_size=3, gradient_accumulation_steps=2, learning_rate=1e-3, save_strategy='no', **kwargs)
+    trainer = VisionTrainer(model, args, train_dataset=rows(), processing_class=processor, progress=False)
+    trainer.train()
+    return [l['loss'] for l in trainer.state.log_history if 'loss' in l], {n:p.detach().clone() for n,p in model.named_parameters() if p.requires_grad}, trainer
+
+@pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.parametrize('checkpointing', (True, False))
+def test_twenty_steps_both_ways(name, checkpointing, tmp_path):
+    packed,weights,_ = run(name, tmp_path, packing=True, gradient_checkpointing=checkpointing)
+    padded,plain,_ = run(name, tmp_path, packing=False, gradient_checkpointing=checkpointing)
+    assert packed[-1] < packed[0]
+    assert max(abs(a-b)/b for a,b in zip(packed, padded)) < 2e-4                       # Adam doubles what float32 rounds, step after step
+    assert abs(packed[0]-padded[0]) < 1e-5*padded[0]
+    gap = max(((weights[n]-plain[n]).norm()/plain[n].norm()).item() for n in plain if 'lora_A' in n)
+    assert gap < 1e-3, gap
+
+@pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.parametrize('part', ('finetune_vision_layers','finetune_language_layers'))
+def test_parts(name, part, tmp_path):
+    packed,padded = (run(name, tmp_path, 4, {part:False}, packing=p)[0] for p in (True, False))
+    assert max(abs(a-b)/b for a,b in zip(packed, padded)) < 2e-5
+
+def test_attention_is_as_before_after_training(tmp_path):
+    losses,_,trainer = run('qwen2_vl', tmp_path, 2)
+    family = family_for(trainer.model)
+    assert {base_of(trainer.model).get_submodule(p).config._attn_implementation for p in family.packs} == {'sdpa'}
+    assert 'row_bounds' in next(iter(trainer.get_train_dataloader())) and not trainer.data_collator.packing
+
+def test_when_rows_are_padded(tmp_path):
+    model,processor = tiny('qwen2_vl')
+    model = get_peft_model(model, r=4)
+    make = lambda args, **kwargs: VisionTrainer(model, args, train_dataset=rows(), processing_class=processor, progress=False, **kwargs)
+    plain = dict(output_dir=str(tmp_path), remove_unused_columns=False, report_to='none', save_strategy='no')
+    assert make(TrainingArguments(**plain)).packs                                       # transformers' arguments have no such switch
+    assert not make(VisionTrainingArguments(output_dir=str(tmp_path), packing=False)).packs
+    assert not make(VisionTrainingArguments(output_dir=str(tmp_path)), compute_loss_func=lambda outputs, labels, num_items_in_batch=None: outputs.logits.sum()).packs
+    collator = VisionDataCollator(model, processor)
+    assert not make(VisionTrainingArguments(output_dir=str(tmp_path)), data_collator=lambda examples: collator(examples)).packs
+
+def test_full_finetuning(tmp_path):
+    "The last layer's own gradient, too."
+    losses = []
+    for packing in (True, False):
+        model,processor = tiny('pixtral')
+        args = VisionTrainingArguments(output_dir=str(tmp_path), max_steps=3, logging_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=2, save_strategy='no', packing=packing, optim='sgd', learning_rate=.1)
+        model.requires_grad_(True)
+        trainer = VisionTrainer(model, args, train_dataset=rows(), processing_class=processor, progress=False)
+        trainer.train()
+        losses.append([l['loss'] for l in trainer.state.log_history if 'loss' in l])
+    assert max(abs(a-b)/b for a,b in zip(*losses)) < 1e-5
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_twenty_steps_with_peft_s_own_layers(name, tmp_path):
+    (ours,weights,_),(theirs,plain,_) = (run(name, tmp_path, parts={'fused':f}) for f in (True, False))
+    assert max(abs(a-b)/b for a,b in zip(ours, theirs)) < 2e-4 and abs(ours[0]-theirs[0]) < 1e-5*theirs[0]
+    assert max(((weights[n]-plain[n]).norm()/plain[n].norm()).item() for n in plain if 'lora_A' in n) < 1e-3
