@@ -307,10 +307,11 @@ def _say_quantised(model, family, dtype):
 # %% ../nbs/00_loading.ipynb #c81e3434
 def load_adapter(model, folder:Path):
     "The model with a saved adapter, trainable; an error if the two do not fit."
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
+    from vlm_ft.kernels.lora import fused_lora
     fault = f"The adapter in {folder} does not fit its base {model.name_or_path}.\nFound: "
-    try: model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    try: model = PeftModel.from_pretrained(model, str(folder), is_trainable=True, config=fused_lora(PeftConfig.from_pretrained(str(folder))))
     except (RuntimeError,ValueError) as e: raise ValueError(fault + str(e)[:500]) from e
     with safe_open(folder/'adapter_model.safetensors', 'pt') as f: saved = set(f.keys())
     mine = set(get_peft_model_state_dict(model, save_embedding_layers=False))

@@ -120,6 +120,7 @@ def get_peft_model(model,
     loftq_config=None,       # accepted as None only
     finetune_last_n_layers:int|None=None, # only the last n blocks of each part
     use_gradient_checkpointing=None, max_seq_length=None, # None: as from_pretrained was told
+    fused:bool=True,         # an adapter's products in one operation with its layer's; False: PEFT's own, for comparison
     **extras,
 ):
     "Choose what trains: LoRA on the chosen modules, or their whole weights where the model was loaded with `full_finetuning=True`."
@@ -140,8 +141,10 @@ def get_peft_model(model,
     _in_training(model, use_gradient_checkpointing, max_seq_length)
     if whole: return free_weights(model, family, flags, finetune_last_n_layers)
     from peft import LoraConfig
-    return add_adapter(model, LoraConfig(r=r, target_modules=targets, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias=bias, use_rslora=use_rslora,
-        modules_to_save=modules_to_save, layers_to_transform=layers_to_transform, layers_pattern=layers_pattern), random_state)
+    from vlm_ft.kernels.lora import fused_lora
+    config = LoraConfig(r=r, target_modules=targets, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias=bias, use_rslora=use_rslora,
+        modules_to_save=modules_to_save, layers_to_transform=layers_to_transform, layers_pattern=layers_pattern)
+    return add_adapter(model, fused_lora(config) if fused else config, random_state)
 
 def _in_training(model, use_gradient_checkpointing, max_seq_length):
     "Set what from_pretrained set, where it is said anew; and keep frozen parts without a graph."
