@@ -1,6 +1,6 @@
 """The same base, rows and minutes as ten_minutes.py on lines of text, with transformers and PEFT alone: nothing of vlm_ft is imported.
 
-    python benchmarks/plain_peft.py --data DATA/ocr_lines_fraktur --model vlm_ft/base
+    python benchmarks/plain_peft.py --data DATA/ocr_lines_fraktur --model vlm_ft/base --max-pixels 28672
 """
 import argparse, json, resource, time
 from pathlib import Path
@@ -13,8 +13,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 class Reader:
     "Rows into model inputs: the chat template, one placeholder for 2x2 patches, labels on the answer."
-    def __init__(self, model):
+    def __init__(self, model, max_pixels=None):
         self.tokenizer,self.pictures = AutoTokenizer.from_pretrained(model),Qwen2VLImageProcessorPil.from_pretrained(model)
+        if max_pixels: self.pictures.size = {**self.pictures.size, 'longest_edge':max_pixels}
         self.image_id = self.tokenizer.convert_tokens_to_ids('<|image_pad|>')
 
     def prompt(self, row):
@@ -63,11 +64,11 @@ def cer(rows, texts, resamples=2000):
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('--data', type=Path, required=True); ap.add_argument('--model', required=True); ap.add_argument('--out', type=Path, default=Path('ten_minutes'))
-    ap.add_argument('--minutes', type=float, default=10); ap.add_argument('--limit', type=int); ap.add_argument('--steps', type=int, default=100_000, help='if known: the learning rate falls over them')
+    ap.add_argument('--minutes', type=float, default=10); ap.add_argument('--limit', type=int); ap.add_argument('--max-pixels', type=int); ap.add_argument('--steps', type=int, default=100_000, help='if known: the learning rate falls over them')
     ap.add_argument('--r', type=int, default=16); ap.add_argument('--learning-rate', type=float, default=1e-3); ap.add_argument('--batch', type=int, default=16); ap.add_argument('--seed', type=int, default=0)
     a = ap.parse_args()
     rows = lambda name: [{**r, 'image':a.data/r['image']} for r in map(json.loads, open(a.data/f'{name}.jsonl'))]
-    train,test,reader = rows('train'),rows('test')[:a.limit],Reader(a.model)
+    train,test,reader = rows('train'),rows('test')[:a.limit],Reader(a.model, a.max_pixels)
     n = 8+max(len(reader.tokenizer(r['answer'])['input_ids']) for r in train)*3//2
     torch.manual_seed(a.seed)
     model = Qwen2VLForConditionalGeneration.from_pretrained(a.model, dtype=torch.float32).eval()
@@ -81,7 +82,7 @@ def main():
     seconds = time.perf_counter()-start
     after = cer(test, reader.read(model.eval(), test, n))
     line = dict(trainer='transformers+peft', set=a.data.name, metric='cer', rows=len(test), train_rows=len(train), minutes=a.minutes, seconds=round(seconds, 1), steps=done.global_step, batch=a.batch, r=a.r,
-                learning_rate=a.learning_rate, max_pixels=None, seed=a.seed, peak_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20, before=before, after=after, shuffled=None, majority=None)
+                learning_rate=a.learning_rate, max_pixels=a.max_pixels, seed=a.seed, peak_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20, before=before, after=after, shuffled=None, majority=None)
     a.out.mkdir(parents=True, exist_ok=True)
     with open(a.out/'results.jsonl', 'a') as f: f.write(json.dumps(line)+'\n')
     print(json.dumps(line))

@@ -75,3 +75,13 @@ def test_twenty_steps_with_peft_s_own_layers(name, tmp_path):
     (ours,weights,_),(theirs,plain,_) = (run(name, tmp_path, parts={'fused':f}) for f in (True, False))
     assert max(abs(a-b)/b for a,b in zip(ours, theirs)) < 2e-4 and abs(ours[0]-theirs[0]) < 1e-5*theirs[0]
     assert max(((weights[n]-plain[n]).norm()/plain[n].norm()).item() for n in plain if 'lora_A' in n) < 1e-3
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_features_are_kept_over_epochs(name, tmp_path):
+    parts = {'finetune_vision_layers':False}
+    kept,weights,trainer = run(name, tmp_path, parts=parts, feature_cache_gib=1)
+    new,plain,other = run(name, tmp_path, parts=parts, feature_cache_gib=0)
+    assert trainer.features.misses==8 and trainer.features.hits>20 and other.features is None      # eight pictures, several epochs
+    assert max(abs(a-b)/b for a,b in zip(kept, new)) < 2e-4 and abs(kept[0]-new[0]) < 1e-5*new[0]
+    assert max(((weights[n]-plain[n]).norm()/plain[n].norm()).item() for n in plain if 'lora_A' in n) < 1e-3
+    assert run(name, tmp_path, 1, feature_cache_gib=1)[2].features is None                         # a tower that trains looks each time

@@ -13,6 +13,7 @@ from .data import check_rows, encode
 from .loading import check_length, is_bf16_supported
 from .messages import DataError, box_of, for_rows
 from .models.family import base_of, family_for, refuse_unknown
+from .features import image_keys
 from .packing import pack_batch
 
 # %% ../nbs/03_setup.ipynb #501655b9
@@ -36,7 +37,8 @@ def pad_batch(
 # %% ../nbs/03_setup.ipynb #49da386f
 class VisionDataCollator:
     "Rows in, a padded batch with labels out; for our trainer, TRL's, or any DataLoader."
-    packing = False   # True: a packed batch, for a model that attends within rows (our trainer sets it, on a copy)
+    packing = False   # True: a packed batch, for a model that attends within rows (our trainer sets both, on a copy)
+    keyed = False     # True: with its pictures' keys, for a trainer that keeps their features
 
     def __init__(self,
         model,                          # a supported model, PEFT-wrapped or not; only its config is kept
@@ -75,7 +77,9 @@ class VisionDataCollator:
         if not len(examples): raise DataError("there is no row to make a batch of.\nFound: an empty list.\nTry: at least one row.")
         try: features = for_rows(self.encode, examples)
         except DataError as e: raise DataError([(i, f"(counted within its batch) {text}") for i,text in e.problems]) from e
-        return pack_batch(features, self.family) if self.packing else pad_batch(features, self.family, self.pad_id)
+        if not self.packing: return pad_batch(features, self.family, self.pad_id)
+        batch = pack_batch(features, self.family)
+        return {**batch, 'image_keys':image_keys(batch, self.family)} if self.keyed else batch
 
     def check(self, examples, decode=True)->list[dict]:
         "`check_rows` on examples as this collator will read them."
@@ -138,6 +142,7 @@ class VisionTrainingArguments(TrainingArguments):
     dataset_text_field:str = ''
     dataset_kwargs:dict|str|None = None
     dataset_num_proc:int|None = None                     # accepted: there is nothing to prepare in advance
+    feature_cache_gib:float|None = None                  # memory for the features of a frozen vision tower; None: a quarter of what is free, 0: none
     packing:bool = True                                  # rows of a step one after the other, not padded; False: the plain way
     assistant_only_loss:bool|None = None
 

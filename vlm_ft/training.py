@@ -25,6 +25,7 @@ from .data import count_tokens
 from .loading import check_length, for_training, keep_inputs_frozen
 from .messages import load_rows
 from .models.family import base_of, family_for, nearest, refuse_unknown
+from .features import FeatureCache, free_gib, looks_once, with_features
 from .packing import packed, packed_loss
 from .setup import VisionDataCollator, VisionTrainingArguments
 
@@ -202,6 +203,8 @@ class VisionTrainer(Trainer):
         if progress: self.add_callback(StepLines())
         self._tokens,self._mark,self._paused = 0,None,0.  # since the last log: tokens read; its time; seconds of evaluation
         self.packs = bool(getattr(args, 'packing', True)) and isinstance(data_collator, VisionDataCollator) and self.compute_loss_func is None and args.world_size==1
+        gib = getattr(args, 'feature_cache_gib', None)
+        self.features = FeatureCache(free_gib()/4 if gib is None else gib) if self.packs and gib!=0 and looks_once(model, family_for(model)) else None
 
     def _measured(self, data, collator)->tuple:
         "What an evaluation will measure, without 'eval_'; empty where that cannot be said before."
@@ -244,7 +247,9 @@ def _get_train_sampler(self:VisionTrainer, train_dataset=None):
 def get_train_dataloader(self:VisionTrainer):
     "Transformers' loader; its batches are packed where `packs` says so."
     collator = self.data_collator
-    if self.packs: self.data_collator = copy.copy(collator); self.data_collator.packing = True
+    if self.packs:
+        self.data_collator = copy.copy(collator)
+        self.data_collator.packing,self.data_collator.keyed = True,self.features is not None
     try: return Trainer.get_train_dataloader(self)
     finally: self.data_collator = collator
 
@@ -252,6 +257,7 @@ def get_train_dataloader(self:VisionTrainer):
 def compute_loss(self:VisionTrainer, model, inputs, return_outputs=False, num_items_in_batch=None):
     "Transformers' loss; of a packed batch, ours."
     if 'row_bounds' not in inputs: return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+    if self.features: inputs = with_features(model, inputs, family_for(model), self.features)
     return packed_loss(model, inputs, num_items_in_batch)
 
 @patch

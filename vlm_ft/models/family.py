@@ -83,6 +83,7 @@ class Family:
     pad_values:dict = {}                     # per-token tensors beside input_ids and labels, with their padding
     template_names:tuple = ()                # what other libraries call the family's chat template
     batched_keys:tuple = ()                  # picture tensors that the processor gives a batch dimension
+    picture_keys:tuple = ()                  # the inputs that hold pictures
     packs:tuple = ()                         # module paths whose attention is told where the rows or pictures of a packed batch end
 
     def __init__(self, config): self.config = config
@@ -119,6 +120,21 @@ class Family:
     def pack_images(self, rows:list)->dict:
         "The picture part of encoded rows as one sequence; empty without pictures."
         return self.collate_images(rows, sum(len(r['input_ids']) for r in rows), False)
+
+    def pictures(self, batch:dict)->list:
+        "The inputs of each picture of a packed batch, in order, as `features` takes them."
+        raise NotImplementedError
+
+    def features(self, model, pictures:list)->list:
+        "What tower and projector make of some pictures, a tensor each."
+        raise NotImplementedError
+
+    def place(self, model, batch:dict, features:list)->dict:
+        "A packed batch with features where its pictures were."
+        ids,embed = batch['input_ids'],model.get_input_embeddings()
+        own = {k:v for k,v in batch.items() if k!='input_ids' and k not in self.picture_keys}
+        x = embed(ids)
+        return {**own, 'inputs_embeds':x.masked_scatter((ids==self.config.image_token_id)[...,None], torch.cat(features).to(x.dtype))}
 
     def positions(self, row:dict):
         "Rotary positions of an encoded row's tokens, (axes, tokens) or (axes, 1, tokens)."

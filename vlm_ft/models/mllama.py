@@ -84,6 +84,7 @@ class Mllama(Family):
     turn_start,turn_end = '<|start_header_id|>assistant<|end_header_id|>\n\n','<|eot_id|>'
     image_token,image_tokens = '<|image|>',('<|image|>',)
     folds_system = 'with_images'
+    picture_keys = ('pixel_values','aspect_ratio_ids','aspect_ratio_mask')
     packs = (language,)                      # the tower sees one picture at a time
     batched_keys = ('pixel_values','aspect_ratio_ids','aspect_ratio_mask','cross_attention_mask')
 
@@ -111,6 +112,16 @@ class Mllama(Family):
         h,w = get_optimal_tiled_canvas(size[1], size[0], min(im.canvas_tiles, im.max_image_tiles), im.size['height'])
         tiles = int(h*w)//im.size['height']**2
         return ImageTokens(text=1, cross=tiles*((v.image_size//v.patch_size)**2+1))  # +1: the class token of each tile
+
+    def pictures(self, batch):
+        return [dict(zip(self.picture_keys, p)) for p in zip(*(batch[k][0] for k in self.picture_keys))] if 'pixel_values' in batch else []
+
+    def features(self, model, pictures):
+        seen = model.model.vision_model(**{k: torch.stack([p[k] for p in pictures])[None] for k in self.picture_keys}).last_hidden_state[0]
+        return list(model.model.multi_modal_projector(seen))                                       # (tiles, patches, width) each
+
+    def place(self, model, batch, features):
+        return {**{k:v for k,v in batch.items() if k not in self.picture_keys}, 'cross_attention_states':torch.cat(features)}
 
     def prepare(self, model):
         "Let every row of a batch see its own pictures only, and the tower's layers be checkpointed."

@@ -58,6 +58,7 @@ class Pixtral(Family):
     image_token,image_tokens = '[IMG]',('[IMG]','[IMG_BREAK]','[IMG_END]')
     folds_system = 'always'
     packs = (vision,language)
+    picture_keys = ('pixel_values','image_sizes')
 
     def __init__(self, config):
         if (kind := config.vision_config.model_type)!='pixtral':
@@ -94,9 +95,17 @@ class Pixtral(Family):
             return args, {**kwargs, 'cu_seq_lens_q':F.pad(torch.tensor(lengths).cumsum(0), (1,0)).to(sizes.device, torch.int32), 'max_length_q':max(lengths)}
         model.get_submodule(self.vision).register_forward_pre_hook(tell, with_kwargs=True)
 
+    def pictures(self, batch):
+        sizes = batch.get('image_sizes', ())
+        return [dict(pixel_values=p[:,:h,:w], image_sizes=s) for p,s in zip(batch['pixel_values'], sizes) for h,w in [s.tolist()]] if len(sizes) else []
+
+    def features(self, model, pictures): return list(model.model.get_image_features(**_stacked(pictures)).pooler_output)
+
     def collate_images(self, rows, length, left):
-        pictures = [p[:,:h,:w] for r in rows if 'pixel_values' in r for p,(h,w) in zip(r['pixel_values'], r['image_sizes'].tolist())]
-        if not pictures: return {}
-        h,w = (max(p.shape[d] for p in pictures) for d in (1,2))
-        return dict(pixel_values=torch.stack([F.pad(p, (0, w-p.shape[2], 0, h-p.shape[1])) for p in pictures]),
-                    image_sizes=torch.cat([r['image_sizes'] for r in rows if 'pixel_values' in r]))
+        pictures = [p for r in rows if 'pixel_values' in r for p in self.pictures(r)]
+        return _stacked(pictures) if pictures else {}
+
+def _stacked(pictures):
+    "Pictures of different sizes, filled up to the largest, and their own sizes."
+    h,w = (max(p['pixel_values'].shape[d] for p in pictures) for d in (1,2))
+    return dict(pixel_values=torch.stack([F.pad(p['pixel_values'], (0, w-p['pixel_values'].shape[2], 0, h-p['pixel_values'].shape[1])) for p in pictures]), image_sizes=torch.stack([p['image_sizes'] for p in pictures]))

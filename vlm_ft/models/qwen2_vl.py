@@ -39,6 +39,7 @@ class Qwen2VL(Family):
     image_tokens = ('<|vision_start|>','<|image_pad|>','<|video_pad|>','<|vision_end|>')
     content_tokens = tuple(f'<|{what}_{side}|>' for what in ('object_ref','box','quad') for side in ('start','end'))  # how Qwen writes where a thing is
     packs = (vision,language)
+    picture_keys = ('pixel_values','image_grid_thw')
     pad_values = {'mm_token_type_ids':0}  # 0: text; the model finds pictures for its rotary positions by the 1s
 
     def processor(self, folder, **kwargs): return Qwen2VLProcessor.from_pretrained(folder, **kwargs)
@@ -77,6 +78,13 @@ class Qwen2VL(Family):
                 parts.append((at+torch.arange(len(run))).expand(3, -1))
                 at += len(run)
         return torch.cat(parts, 1)[:,None]
+
+    def pictures(self, batch):
+        grids = batch.get('image_grid_thw', ())
+        return [dict(pixel_values=p, image_grid_thw=g) for p,g in zip(batch['pixel_values'].split(grids.prod(-1).tolist()), grids)] if len(grids) else []
+
+    def features(self, model, pictures):
+        return list(model.model.get_image_features(torch.cat([p['pixel_values'] for p in pictures]), torch.stack([p['image_grid_thw'] for p in pictures])).pooler_output)
 
     def collate_images(self, rows, length, left):
         have = [r for r in rows if 'pixel_values' in r]
