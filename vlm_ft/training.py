@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['check_model', 'check_args', 'checkpoint_bytes', 'check_room', 'StepLines', 'EvalByGeneration', 'as_rows',
-           'check_dataset', 'row_of', 'processor_of', 'VisionTrainer', 'LengthGroups', 'TimeBudget', 'same_rng',
-           'find_checkpoint', 'saved_shapes', 'check_checkpoint', 'check_unfinished', 'own_shapes', 'load_whole']
+           'check_dataset', 'row_of', 'processor_of', 'VisionTrainer', 'LengthGroups', 'memory_advice', 'TimeBudget',
+           'same_rng', 'find_checkpoint', 'saved_shapes', 'check_checkpoint', 'check_unfinished', 'own_shapes',
+           'load_whole']
 
 # %% ../nbs/04_training.ipynb #78fa904c
 import copy,inspect,itertools,json,logging,random,shutil,tempfile,time
@@ -97,7 +98,7 @@ class StepLines(TrainerCallback):
             if minutes: seconds = max(0, min(seconds, 60*minutes-spent))
             left,of = timedelta(seconds=round(seconds)),f"{step:>5}" if minutes else f"{step:>{len(str(last))}}/{last}"
             print(f"step {of}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.1e}  "
-                  f"{logs.get('tokens_per_second', 0):,.0f} tokens/s  {left} left", flush=True)
+                  f"{logs.get('tokens_per_second', 0):,.0f} tokens/s  {left} left" + (f"  ({wait:.0%} waiting for data)" if (wait := logs.get('data_wait', 0))>.1 else ''), flush=True)
         elif 'train_runtime' in logs: print(f"{step} steps, {timedelta(seconds=round(logs['train_runtime']))}, mean loss {logs['train_loss']:.4f}", flush=True)
         elif found := {k.removeprefix('eval_'):v for k,v in logs.items() if k.startswith('eval_') and not k.endswith(('runtime','per_second'))}:
             print(f"  held out, step {step}: " + "  ".join(f"{k} {v:.4g}" for k,v in found.items()), flush=True)
@@ -201,7 +202,7 @@ class VisionTrainer(Trainer):
                          processing_class=processor, callbacks=callbacks, **kwargs)
         for callback in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK): self.remove_callback(callback)
         if progress: self.add_callback(StepLines())
-        self._tokens,self._mark,self._paused = 0,None,0.  # since the last log: tokens read; its time; seconds of evaluation
+        self._tokens,self._mark,self._paused,self._waited = 0,None,0.,0.  # since the last log: tokens read; its time; seconds of evaluation, and of waiting for rows
         self.packs = bool(getattr(args, 'packing', True)) and isinstance(data_collator, VisionDataCollator) and self.compute_loss_func is None and args.world_size==1
         gib = getattr(args, 'feature_cache_gib', None)
         self.features = FeatureCache(free_gib()/4 if gib is None else gib) if self.packs and gib!=0 and looks_once(model, family_for(model)) else None
@@ -260,13 +261,38 @@ def compute_loss(self:VisionTrainer, model, inputs, return_outputs=False, num_it
     if self.features: inputs = with_features(model, inputs, family_for(model), self.features)
     return packed_loss(model, inputs, num_items_in_batch)
 
+def memory_advice(
+    inputs:dict, # of the step that did not fit
+    args, family,
+)->str:
+    "What was tried, and what would fit better."
+    ids = inputs['input_ids']
+    lengths = inputs['row_bounds'].diff() if 'row_bounds' in inputs else inputs['attention_mask'].sum(1)
+    image = (ids==family.config.image_token_id).sum().item()
+    rows,tokens,longest = len(lengths),int(lengths.sum()),int(lengths.max())
+    tries = []
+    if rows>1: tries.append(f"per_device_train_batch_size={rows//2} with gradient_accumulation_steps={args.gradient_accumulation_steps*-(-rows//(rows//2))}: the same step in smaller parts")
+    if not args.gradient_checkpointing: tries.append("gradient_checkpointing=True: a third slower, a fraction of the memory")
+    tries += ["a smaller max_pixels in from_pretrained: fewer tokens a picture", "load_in_4bit=True: a quarter of the weights' memory"]
+    return (f"A step does not fit into the GPU's memory.\nFound: {rows} row{'s'*(rows>1)} of together {tokens:,} tokens, {image:,} of them picture; the longest has {longest:,}"
+            f"{'; checkpointing is on' if args.gradient_checkpointing else '; checkpointing is off'}.\nTry, in this order:\n" + "\n".join(f"  - {t}" for t in tries))
+
+@patch
+def get_batch_samples(self:VisionTrainer, epoch_iterator, num_batches, device):
+    "Transformers' batches; how long they were waited for is noted."
+    start = time.monotonic()
+    try: return Trainer.get_batch_samples(self, epoch_iterator, num_batches, device)
+    finally: self._waited += time.monotonic()-start
+
 @patch
 def training_step(self:VisionTrainer, model, inputs, num_items_in_batch=None):
     "One forward and backward; its tokens are counted where they are, on the device."
-    self._mark = self._mark or time.monotonic()
+    if self._mark is None: self._mark,self._waited = time.monotonic(),0.
     self._tokens = self._tokens + (inputs['attention_mask'].sum() if 'attention_mask' in inputs else inputs['input_ids'].numel())
-    with packed(model, family_for(model)) if 'row_bounds' in inputs else nullcontext():   # a checkpointed block attends again in the backward pass
-        return Trainer.training_step(self, model, inputs, num_items_in_batch)
+    try:
+        with packed(model, family_for(model)) if 'row_bounds' in inputs else nullcontext():   # a checkpointed block attends again in the backward pass
+            return Trainer.training_step(self, model, inputs, num_items_in_batch)
+    except torch.OutOfMemoryError as e: raise torch.OutOfMemoryError(memory_advice(inputs, self.args, family_for(model))) from e
 
 @patch
 def log(self:VisionTrainer, logs, start_time=None):
@@ -274,7 +300,8 @@ def log(self:VisionTrainer, logs, start_time=None):
     if 'loss' in logs and self._mark:
         now = time.monotonic()
         logs['tokens_per_second'] = round(float(self._tokens)/max(now-self._mark-self._paused, 1e-9), 1)
-        self._tokens,self._mark,self._paused = 0,now,0.
+        logs['data_wait'] = round(self._waited/max(now-self._mark-self._paused, 1e-9), 3)
+        self._tokens,self._mark,self._paused,self._waited = 0,now,0.,0.
     return Trainer.log(self, logs, start_time)
 
 # %% ../nbs/04_training.ipynb #a16bc10e

@@ -1,0 +1,169 @@
+"""Speed and memory of a training step: vlm_ft and its peers in turns, in one run, on the same rows, labels and resolution.
+
+    python benchmarks/speed.py                                                   # on a CPU, with the embedded base: ours beside transformers and PEFT
+    python benchmarks/speed.py --data DATA/ocr_lines_fraktur --max-pixels 28672
+    python benchmarks/speed.py --arch qwen2vl-2b --who ours unsloth transformers --rows 4 --accumulate 4 --checkpointing     # on a GPU, random weights
+
+Every trainer is a process of its own that loads once and then waits for its turn: windows alternate, and each is `--steps` steps after one that is not counted. Pictures are
+opened, resized and collated within the time. LoRA r=16, AdamW, answers alone carry loss. "transformers" is its Trainer over PEFT's layers, with the same batches, padded.
+Results are added to --out, a line a case; a case that is there already is not run again. DATA holds train.jsonl with image, question, answer.
+"""
+import argparse, json, os, random, statistics, subprocess, sys, tempfile, time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+BASE = HERE.parent/'vlm_ft'/'base'
+WORDS = 'invoice total amount due date tax customer number street city product price quantity order paid balance'.split()
+
+def drawn_pages(folder, n, tokens=(100,1200), side=28, seed=0):
+    "Pages of words of `tokens` squares of `side` pixels, log-uniform, 1:4 to 4:1; answers of 2 to 400 characters."
+    from PIL import Image, ImageDraw
+    rng,lines = random.Random(seed),[]
+    for i in range(n):
+        area,aspect = tokens[0]*(tokens[1]/tokens[0])**rng.random(),4**rng.uniform(-1, 1)
+        w,h = (max(2*side, round((area*r)**.5*side)) for r in (aspect, 1/aspect))
+        page = Image.new('RGB', (w,h), tuple(rng.randrange(200, 256) for _ in range(3)))
+        draw = ImageDraw.Draw(page)
+        for y in range(4, h-10, 14): draw.text((4, y), ' '.join(f'{rng.choice(WORDS)} {rng.randrange(999)}' for _ in range(max(1, w//70))), fill='black')
+        page.save(folder/f'{i}.jpg', quality=90)
+        answer = ' '.join(rng.choice(WORDS) for _ in range(max(2, int(rng.lognormvariate(2.8, .8)))))[:400].strip()
+        lines.append(json.dumps(dict(image=f'{i}.jpg', question=f'Read the text in the image. Field {i}?', answer=answer)))
+    (folder/'train.jsonl').write_text('\n'.join(lines))
+
+def load(a):
+    "Model, processor and arguments of one trainer's process."
+    import torch
+    gpu,many = torch.cuda.is_available(),json.loads(a.spec)
+    bits4,freeze = many['bits']==4,many['vision_frozen']
+    args = dict(output_dir=tempfile.mkdtemp(), max_steps=10**6, per_device_train_batch_size=many['rows'], gradient_accumulation_steps=many['accumulate'], learning_rate=2e-4, lr_scheduler_type='constant', save_strategy='no',
+                logging_steps=10**6, logging_first_step=False, gradient_checkpointing=many['checkpointing'], seed=0, dataloader_num_workers=4 if gpu else 0, dataloader_pin_memory=gpu, disable_tqdm=True, bf16=gpu,
+                optim='adamw_torch_fused' if gpu else 'adamw_torch')
+    rows = [{**r, 'image':str(Path(many['data'])/r['image'])} for r in map(json.loads, open(Path(many['data'])/'train.jsonl'))][:many['n']]
+    dtype = torch.bfloat16 if gpu else torch.float32
+    if a.worker=='unsloth':
+        from trl import SFTConfig, SFTTrainer
+        from unsloth import FastVisionModel
+        from unsloth.trainer import UnslothVisionDataCollator
+        from PIL import Image
+        model,processor = FastVisionModel.from_pretrained(many['model'], load_in_4bit=bits4, load_in_16bit=not bits4, max_seq_length=4096, use_gradient_checkpointing='unsloth' if many['checkpointing'] else False, use_exact_model_name=True, dtype=dtype)
+        model = FastVisionModel.get_peft_model(model, finetune_vision_layers=not freeze, finetune_language_layers=True, finetune_attention_modules=True, finetune_mlp_modules=True, r=16, lora_alpha=16, lora_dropout=0, bias='none')
+        FastVisionModel.for_training(model)
+        class Rows(list):
+            def __getitem__(self, i):
+                r = super().__getitem__(i)
+                text = lambda t: [{'type':'text','text':t}]
+                return {'messages':[{'role':'user','content':[{'type':'image','image':Image.open(r['image']).convert('RGB')}, *text(r['question'])]}, {'role':'assistant','content':text(r['answer'])}]}
+        collator = UnslothVisionDataCollator(model, processor, train_on_responses_only=True, instruction_part='<|im_start|>user\n', response_part='<|im_start|>assistant\n')
+        args.pop('gradient_checkpointing')
+        return SFTTrainer(model=model, args=SFTConfig(**args, report_to='none', remove_unused_columns=False, dataset_text_field='', dataset_kwargs={'skip_prepare_dataset':True}, max_length=4096), train_dataset=Rows(rows),
+                          data_collator=collator, processing_class=processor.tokenizer)
+    import transformers
+    from vlm_ft import FastVisionModel, VisionDataCollator, VisionTrainer, VisionTrainingArguments
+    from vlm_ft.models.family import family_for
+    if a.worker=='ours':
+        model,processor = FastVisionModel.from_pretrained(many['model'], dtype=None if bits4 else dtype, load_in_4bit=bits4, max_pixels=many['max_pixels'], max_seq_length=4096, use_gradient_checkpointing=many['checkpointing'])
+        model = FastVisionModel.get_peft_model(model, r=16, finetune_vision_layers=not freeze)
+        return VisionTrainer(model, VisionTrainingArguments(**args, feature_cache_gib=None if many['cached'] else 0), train_dataset=rows, processing_class=processor, progress=False)
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    _,processor = FastVisionModel.from_pretrained(many['model'], max_pixels=many['max_pixels'], max_seq_length=4096)
+    config = transformers.AutoConfig.from_pretrained(many['model'])
+    family = family_for(config)
+    how = dict(quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True, llm_int8_skip_modules=['lm_head', family.vision, family.projector])) if bits4 else {}
+    model = getattr(transformers, family.architecture).from_pretrained(many['model'], dtype=dtype, device_map={'':0 if gpu else 'cpu'}, **how)
+    if bits4: model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=many['checkpointing'], gradient_checkpointing_kwargs={'use_reentrant':False})
+    elif many['checkpointing']: model.enable_input_require_grads()
+    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=family.targets(vision=not freeze)))
+    return transformers.Trainer(model, transformers.TrainingArguments(**args, report_to='none', remove_unused_columns=False, use_cpu=not gpu, gradient_checkpointing_kwargs={'use_reentrant':False}), train_dataset=rows,
+                                data_collator=VisionDataCollator(model, processor, max_seq_length=4096))
+
+def work(a):
+    "A trainer's process: a window of steps each time a line comes in, a line of figures out."
+    for name in ('HF_HUB_DISABLE_PROGRESS_BARS','UNSLOTH_DISABLE_STATISTICS','HF_HUB_OFFLINE'): os.environ[name] = '1'
+    if a.worker=='unsloth': import unsloth  # noqa: F401  it wants to come first
+    many,start,say = json.loads(a.spec),time.perf_counter(),os.fdopen(os.dup(1), 'w')
+    os.dup2(2, 1)                                                             # whatever others print goes to stderr
+    import torch
+    from transformers import TrainerCallback
+    gpu = torch.cuda.is_available()
+    now = lambda: (torch.cuda.synchronize() if gpu else None, time.perf_counter())[1]
+    def peak():
+        if gpu: return torch.cuda.max_memory_reserved()/2**30
+        return next(int(l.split()[1])/2**20 for l in open('/proc/self/status') if l.startswith('VmHWM'))
+    class Turns(TrainerCallback):
+        until,seen = many['warm'],0
+        def on_train_begin(self, *args, **kwargs): self.begun = now(); self.loaded = self.begun-start
+        def on_step_end(self, args, state, control, **kwargs):
+            self.seen += 1
+            if self.seen==self.until-many['steps'] and self.until>many['warm']: self.at = now()
+            if self.seen<self.until: return
+            figures = dict(load=self.loaded, warm=now()-self.begun) if self.until==many['warm'] else dict(rows_per_second=many['rows']*many['accumulate']*many['steps']/(now()-self.at))
+            say.write(json.dumps(dict(figures, peak_gib=peak()))+'\n'); say.flush()
+            if sys.stdin.readline().strip()!='go': control.should_training_stop = True; return
+            self.until = self.seen+1+many['steps']
+    trainer = load(a)
+    trainer.add_callback(Turns())
+    trainer.train()
+
+class Peer:
+    "A trainer in its own process."
+    def __init__(self, who, spec):
+        self.who,self.log = who,tempfile.TemporaryFile('w+')
+        self.process = subprocess.Popen([sys.executable, __file__, '--worker', who, '--spec', json.dumps(spec)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, cwd=HERE.parent)
+
+    def hear(self)->dict:
+        line = self.process.stdout.readline()
+        if line: return json.loads(line)
+        self.log.seek(0)
+        return {'error':self.log.read()[-1500:]}
+
+    def say(self, word):
+        try: self.process.stdin.write(word+'\n'); self.process.stdin.flush()
+        except BrokenPipeError: pass
+
+def compare(spec, who, windows)->dict:
+    "Windows in turns: figures of each."
+    found,peers = {},[]
+    for w in who:                                                             # one after the other, so that none compiles while another is measured
+        peers.append(Peer(w, spec)); found[w] = dict(peers[-1].hear(), windows=[])
+        print(f"{w:12} " + (f"failed: …{found[w]['error'][-600:]}" if 'error' in found[w] else f"loaded in {found[w]['load']:.0f} s, first {spec['warm']} steps {found[w]['warm']:.0f} s"), flush=True)
+    for i in range(windows):
+        for p in peers:
+            if 'error' in found[p.who]: continue
+            p.say('go'); got = p.hear()
+            if 'error' in got: found[p.who]['error'] = got['error']; continue
+            found[p.who]['windows'].append(got['rows_per_second']); found[p.who]['peak_gib'] = got['peak_gib']
+            print(f"window {i+1} {p.who:12} {got['rows_per_second']:.2f} rows/s, {got['peak_gib']:.2f} GiB", flush=True)
+    for p in peers: p.say('stop'); p.process.wait(60)
+    return found
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument('--who', nargs='+', default=['ours','transformers'], choices=('ours','transformers','unsloth')); ap.add_argument('--arch', help='of six_steps.py: a random checkpoint is written to --folder')
+    ap.add_argument('--folder', type=Path, default=Path('checkpoints')); ap.add_argument('--model', default=str(BASE)); ap.add_argument('--data', help='folder of rows; without it pages are drawn')
+    ap.add_argument('--rows', type=int, default=16, help='a pass'); ap.add_argument('--accumulate', type=int, default=1, help='passes a step'); ap.add_argument('--bits', type=int, default=16, choices=(16,4))
+    ap.add_argument('--max-pixels', type=int, help='of a picture; the embedded base takes 28672 unless told'); ap.add_argument('--checkpointing', action='store_true'); ap.add_argument('--vision-frozen', action='store_true')
+    ap.add_argument('--cached', action='store_true', help='with --vision-frozen: features are kept over epochs'); ap.add_argument('--n', type=int, default=400, help='different rows')
+    ap.add_argument('--steps', type=int, default=10, help='of a window'); ap.add_argument('--windows', type=int, default=3); ap.add_argument('--warm', type=int, default=4, help='steps before the first window')
+    ap.add_argument('--out', type=Path, default=Path('speed.jsonl')); ap.add_argument('--worker', help=argparse.SUPPRESS); ap.add_argument('--spec', help=argparse.SUPPRESS)
+    a = ap.parse_args()
+    if a.worker: return work(a)
+    case = {k:getattr(a, k) for k in ('who','arch','model','data','rows','accumulate','bits','max_pixels','checkpointing','vision_frozen','cached','n')}
+    if a.out.exists() and any(json.loads(l)['case']==case for l in open(a.out)): return print(f'{a.out} has this case already')
+    with tempfile.TemporaryDirectory() as tmp:
+        if a.arch:
+            sys.path.insert(0, str(HERE))
+            from six_steps import write_checkpoint
+            a.model = str(a.folder/a.arch)
+            if not (a.folder/a.arch/'config.json').exists(): write_checkpoint(a.arch, a.model, False)
+        small = a.model==str(BASE)
+        if not a.data: drawn_pages(Path(tmp), a.n, *(((40,112), 16) if small else ()))
+        spec = {**case, 'model':a.model, 'data':str(Path(a.data or tmp).resolve()), 'steps':a.steps, 'warm':a.warm, 'max_pixels':a.max_pixels or (28672 if small else None)}
+        found = compare(spec, a.who, a.windows)
+    print(f"\n{'':12}  rows/s: least, median, most    peak GiB  first steps, s")
+    for w,f in found.items():
+        if f['windows']: print(f"{w:12}  {min(f['windows']):6.2f}  {statistics.median(f['windows']):6.2f}  {max(f['windows']):6.2f}        {f['peak_gib']:7.2f}   {f['warm']:7.1f}")
+    middle = {w:statistics.median(f['windows']) for w,f in found.items() if f['windows']}
+    if 'ours' in middle: print('  '.join(f"ours / {w}: {middle['ours']/v:.2f}" for w,v in middle.items() if w!='ours'))
+    with open(a.out, 'a') as f: f.write(json.dumps(dict(case=case, found=found))+'\n')
+
+if __name__=='__main__': main()
