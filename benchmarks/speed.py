@@ -88,7 +88,8 @@ def work(a):
     now = lambda: (torch.cuda.synchronize() if gpu else None, time.perf_counter())[1]
     def peak():
         if gpu: return torch.cuda.max_memory_reserved()/2**30
-        return next(int(l.split()[1])/2**20 for l in open('/proc/self/status') if l.startswith('VmHWM'))
+        from vlm_ft.demo import peak_gib
+        return peak_gib()
     class Turns(TrainerCallback):
         until,seen = many['warm'],0
         def on_train_begin(self, *args, **kwargs): self.begun = now(); self.loaded = self.begun-start

@@ -266,8 +266,8 @@ def memory_advice(
     args, family,
 )->str:
     "What was tried, and what would fit better."
-    ids = inputs['input_ids']
-    lengths = inputs['row_bounds'].diff() if 'row_bounds' in inputs else inputs['attention_mask'].sum(1)
+    ids = inputs['input_ids'].cpu()                                          # nothing more is asked of a full GPU
+    lengths = inputs['row_bounds'].cpu().diff() if 'row_bounds' in inputs else inputs['attention_mask'].cpu().sum(1)
     image = (ids==family.config.image_token_id).sum().item()
     rows,tokens,longest = len(lengths),int(lengths.sum()),int(lengths.max())
     tries = []

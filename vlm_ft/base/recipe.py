@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPECIAL', 'ROLES', 'TEMPLATE', 'WORDS', 'LARGE', 'SHAPES', 'MAX_PIXELS', 'LONGEST', 'MAIN', 'learn_pieces',
            'make_tokenizer', 'model_config', 'new_model', 'make_image_processor', 'patchify', 'normalise', 'RowEncoder',
-           'patch_places', 'bounds', 'filled', 'pack', 'use_varlen', 'packed_loss', 'DrawnBatches', 'read', 'measure',
+           'patch_places', 'filled', 'pack', 'use_varlen', 'packed_loss', 'DrawnBatches', 'read', 'measure',
            'main_figures', 'Course', 'save_base', 'compile_blocks', 'orthogonal', 'Muon', 'optimisers', 'set_rate',
            'take_step', 'Recorded', 'Training', 'course_texts', 'batches', 'note', 'run', 'train', 'main']
 
@@ -22,7 +22,7 @@ from PIL import Image,features
 from .drawing import ALPHABET
 from .tasks import held_out,sample
 from ..evaluation.metrics import cer,score
-from ..packing import PACKED
+from ..packing import PACKED,bounds
 
 # %% ../../nbs/base/recipe.ipynb #c5a76469
 SPECIAL = ['<|endoftext|>','<|im_start|>','<|im_end|>','<|vision_start|>','<|vision_end|>','<|vision_pad|>','<|image_pad|>','<|video_pad|>']
@@ -181,14 +181,6 @@ def patch_places(
     grid = np.stack(np.meshgrid(np.arange(gh), np.arange(gw), indexing='ij'), -1)
     return grid.reshape(gh//merge, merge, gw//merge, merge, 2).transpose(0, 2, 1, 3, 4).reshape(-1, 2)
 
-def bounds(
-    lengths,    # of rows or pictures
-    fill:int=0, # bounds to add at the end, for rows of no length
-)->Tensor:      # int32
-    "Cumulative lengths."
-    ends = np.concatenate([[0], np.cumsum(lengths)])
-    return torch.tensor(np.concatenate([ends, np.full(fill, ends[-1])]), dtype=torch.int32)
-
 def filled(
     n:int,         # tokens or patches to fill
     most:int,      # of one row or picture
@@ -220,8 +212,8 @@ def pack(
         weights = np.pad(weights, (0, more_txt))
         patches,places = np.pad(patches, ((0, more_vis), (0,0))),np.pad(places, ((0, more_vis), (0,0)))
         fill = 2**math.ceil(math.log2(max(len(n_txt), len(n_vis), 64)))
-    return dict(patches=torch.from_numpy(patches), patch_positions=torch.from_numpy(places), cu_vision=bounds(n_vis, max(0, fill-len(n_vis))),
-        ids=torch.from_numpy(ids)[None], positions=torch.from_numpy(positions)[:,None], cu_text=bounds(n_txt, max(0, fill-len(n_txt))),
+    return dict(patches=torch.from_numpy(patches), patch_positions=torch.from_numpy(places), cu_vision=bounds(n_vis+[0]*(fill-len(n_vis))),
+        ids=torch.from_numpy(ids)[None], positions=torch.from_numpy(positions)[:,None], cu_text=bounds(n_txt+[0]*(fill-len(n_txt))),
         labels=torch.from_numpy(labels), weights=torch.from_numpy(weights), n_rows=len(rows))
 
 # %% ../../nbs/base/recipe.ipynb #8e9a8d62
