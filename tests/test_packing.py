@@ -1,6 +1,7 @@
 "The switch: training with rows packed is training with rows padded, step by step, for every family."
 import pytest, torch
 from transformers import TrainingArguments
+from vlm_ft.kernels.lora import multiplies_bf16
 from vlm_ft.lora import get_peft_model
 from vlm_ft.models.family import base_of, family_for
 from vlm_ft.models.tiny import FAMILIES, drawn, tiny
@@ -14,13 +15,13 @@ def rows():
     out[5] = [{'role':'user','content':[{'type':'image','image':drawn('a', (40,90))}, {'type':'text','text':'and'}, {'type':'image','image':drawn('b')}]}, {'role':'assistant','content':'two'}]
     return out
 
-def run(name, folder, steps=20, parts=None, **kwargs):
+def run(name, folder, steps=20, parts=None, times=1, **kwargs):
     "Losses of a run, and the weights it ends with."
     model,processor = tiny(name)
     torch.manual_seed(0)
     model = get_peft_model(model, r=4, **parts or {})
-    args = VisionTrainingArguments(output_dir=str(folder), max_steps=steps, logging_steps=1, per_device_train_batch_size=3, gradient_accumulation_steps=2, learning_rate=1e-3, save_strategy='no', **kwargs)
-    trainer = VisionTrainer(model, args, train_dataset=rows(), processing_class=processor, progress=False)
+    args = VisionTrainingArguments(output_dir=str(folder), max_steps=steps, logging_steps=1, per_device_train_batch_size=3, gradient_accumulation_steps=2, learning_rate=1e-3, save_strategy='no', **{'half_products':False, **kwargs})
+    trainer = VisionTrainer(model, args, train_dataset=rows()*times, processing_class=processor, progress=False)
     trainer.train()
     return [l['loss'] for l in trainer.state.log_history if 'loss' in l], {n:p.detach().clone() for n,p in model.named_parameters() if p.requires_grad}, trainer
 
@@ -85,3 +86,10 @@ def test_features_are_kept_over_epochs(name, tmp_path):
     assert max(abs(a-b)/b for a,b in zip(kept, new)) < 2e-4 and abs(kept[0]-new[0]) < 1e-5*new[0]
     assert max(((weights[n]-plain[n]).norm()/plain[n].norm()).item() for n in plain if 'lora_A' in n) < 1e-3
     assert run(name, tmp_path, 1, feature_cache_gib=1)[2].features is None                         # a tower that trains looks each time
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_twenty_steps_with_factors_in_bfloat16(name, tmp_path):
+    rows_a_pass = dict(tokens_per_pass=1000, times=3)                                                        # more tokens than fit one product of them
+    half,exact = (run(name, tmp_path, half_products=h, **rows_a_pass)[0] for h in (True, False))
+    assert max(abs(a-b)/b for a,b in zip(half, exact)) < 1e-3 and abs(half[0]-exact[0]) < 2e-4*exact[0]
+    assert half!=exact or not multiplies_bf16()

@@ -38,11 +38,12 @@ class Gradients(TrainerCallback):
         self.grads = {n:p.grad.clone() for n,p in model.named_parameters() if p.grad is not None}
 
 ONE_STEP = dict(max_steps=1, logging_steps=1, max_grad_norm=0, use_cpu=True, save_strategy='no', report_to='none', seed=1)
+EXACT = dict(ONE_STEP, half_products=False)   # float32 on every machine
 
 def our_step(model, processor, batch, accumulate, folder, data=ROWS):
     "Loss and gradients of one step of VisionTrainer over all rows."
     seen = Gradients()
-    args = VisionTrainingArguments(folder, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, **ONE_STEP)
+    args = VisionTrainingArguments(folder, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, **EXACT)
     out = VisionTrainer(model, args, train_dataset=data, processing_class=processor, callbacks=[seen], progress=False).train()
     return out.training_loss,seen.grads
 
@@ -148,14 +149,14 @@ def test_other_libraries_arguments_train(make, tmp_path):
 
 def test_the_arguments_length_holds_for_a_collator_too(tmp_path):
     model,processor = adapted('qwen2_vl')
-    args = VisionTrainingArguments(str(tmp_path), max_length=60, **ONE_STEP)
+    args = VisionTrainingArguments(str(tmp_path), max_length=60, **EXACT)
     with pytest.raises(ValueError, match='Row 1'): VisionTrainer(model, args, train_dataset=ROWS, data_collator=VisionDataCollator(model, processor))
     given = VisionDataCollator(model, processor, max_seq_length=50)
     with pytest.raises(ValueError, match='50'): VisionTrainer(model, args, train_dataset=ROWS, data_collator=given)
 
 def test_a_finished_run_is_not_resumed(tmp_path):
     model,processor = adapted('qwen2_vl')
-    run = lambda steps: VisionTrainer(model, VisionTrainingArguments(str(tmp_path), **{**ONE_STEP, 'max_steps':steps, 'save_strategy':'steps', 'save_steps':2}),
+    run = lambda steps: VisionTrainer(model, VisionTrainingArguments(str(tmp_path), **{**EXACT, 'max_steps':steps, 'save_strategy':'steps', 'save_steps':2}),
                                       train_dataset=ROWS, processing_class=processor, progress=False)
     run(2).train()
     with pytest.raises(ValueError, match='already at its last step'): run(2).train(resume_from_checkpoint=True)
@@ -167,7 +168,7 @@ def test_grouped_rows_take_the_same_step(tmp_path):
     steps = []
     for strategy in ('random','group_by_length'):
         seen = Gradients()
-        args = VisionTrainingArguments(str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=4, train_sampling_strategy=strategy, **ONE_STEP)
+        args = VisionTrainingArguments(str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=4, train_sampling_strategy=strategy, **EXACT)
         out = VisionTrainer(model, args, train_dataset=ROWS, processing_class=processor, callbacks=[seen], progress=False).train()
         steps.append((out.training_loss, seen.grads))
     assert gap(*steps)<=1e-5

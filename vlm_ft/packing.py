@@ -16,6 +16,36 @@ from transformers.masking_utils import sdpa_mask
 from .models.family import base_of
 
 # %% ../nbs/packing.ipynb #25789b7d
+class _RowAttention(torch.autograd.Function):
+    "Attention row by row, each written where it belongs: nothing is cut apart or joined, forwards or backwards."
+    forward_of,backward_of = (getattr(torch.ops.aten, f'_scaled_dot_product_flash_attention_for_cpu{what}') for what in ('','_backward'))
+
+    @staticmethod
+    def forward(ctx, q, k, v, lengths, causal, scale):
+        exact = torch.promote_types(q.dtype, torch.float32)           # 16 bit is slower here, and less exact
+        out,sums = v.new_empty(1, q.shape[2], q.shape[1], v.shape[3]),[]
+        for row in _slices(lengths):
+            o,s = _RowAttention.forward_of(*(t[:,:,row].to(exact) for t in (q, k, v)), 0., causal, scale=scale)
+            out[:,row] = o.transpose(1, 2); sums.append(s)
+        ctx.save_for_backward(q, k, v, out, *sums)
+        ctx.how = lengths,causal,scale,exact
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        (q,k,v,out,*sums),(lengths,causal,scale,exact) = ctx.saved_tensors,ctx.how
+        grads = [t.new_empty(1, t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2) for t in (q, k, v)]
+        for row,s in zip(_slices(lengths), sums):
+            (g,o),own = (t[:,row].to(exact).transpose(1, 2) for t in (grad, out)),[t[:,:,row].to(exact) for t in (q, k, v)]
+            for t,part in zip(grads, _RowAttention.backward_of(g, *own, o, s, 0., causal, scale=scale)): t[:,:,row] = part
+        return *grads,None,None,None
+
+def _slices(lengths):
+    "Where each row lies."
+    lo = 0
+    for n in lengths: yield slice(lo, lo := lo+n)
+
+# %% ../nbs/packing.ipynb #d640fabf
 try:
     from torch.nn.attention.varlen import varlen_attn
     _WINDOW = 'window_size' in inspect.signature(varlen_attn).parameters  # how this torch is told to look back only
@@ -49,8 +79,9 @@ def packed_attention(
         q,k,v = (t[0].transpose(0, 1).to(half) for t in (query, key, value))
         how = dict(window_size=(-1, 0 if causal else -1)) if _WINDOW else dict(is_causal=causal)
         return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, **how)[None].to(value.dtype), None
-    rows = zip(*(t.split([n for n in bounds.diff().tolist() if n], dim=2) for t in (query, key, value)))
-    gqa = query.shape[1]!=key.shape[1]
+    lengths,gqa = [n for n in bounds.diff().tolist() if n],query.shape[1]!=key.shape[1]
+    if query.device.type=='cpu' and not gqa and not dropout: return _RowAttention.apply(query, key, value, lengths, causal, scaling), None
+    rows = zip(*(t.split(lengths, dim=2) for t in (query, key, value)))
     out = [F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout, scale=scaling, enable_gqa=gqa) for q,k,v in rows]
     return torch.cat(out, 2).transpose(1, 2), None
 

@@ -125,8 +125,10 @@ class VisionTrainingArguments(TrainingArguments):
     warmup_ratio:float|None = None                       # transformers 4's name for such a share
     optim:str = _on_gpu('adamw_torch_fused', 'adamw_torch')
     bf16:bool|None = None                                # None: where the GPU can, unless fp16 is asked for; on a CPU float32
+    half_products:bool|None = None                       # on a CPU, wide products take bfloat16 factors and sum in float32; None: where the processor has units for it
     gradient_checkpointing:bool = True
     gradient_checkpointing_kwargs:dict|str|None = None   # never reentrant
+    activation_gib:float|None = None                     # with gradient_checkpointing, memory for what blocks keep; those that find no room are run again. None: what is free, 0: all are
     remove_unused_columns:bool = False                   # pictures are columns that no forward() names
     dataloader_num_workers:int = _on_gpu(4, 0)           # opening pictures costs tens of ms each: not in the training process
     dataloader_pin_memory:bool = _on_gpu(True, False)
@@ -143,6 +145,7 @@ class VisionTrainingArguments(TrainingArguments):
     dataset_kwargs:dict|str|None = None
     dataset_num_proc:int|None = None                     # accepted: there is nothing to prepare in advance
     feature_cache_gib:float|None = None                  # memory for the features of a frozen vision tower; None: a quarter of what is free, 0: none
+    tokens_per_pass:int|None = None                      # rows fill a pass up to so many tokens, pictures included; then per_device_train_batch_size does not count
     packing:bool = True                                  # rows of a step one after the other, not padded; False: the plain way
     assistant_only_loss:bool|None = None
 
@@ -154,6 +157,9 @@ class VisionTrainingArguments(TrainingArguments):
         m = self.max_minutes
         if m is not None and (isinstance(m, bool) or not isinstance(m, numbers.Real) or not m>0):
             raise ValueError(f"max_minutes must be a number above 0.\nFound: max_minutes={m!r}.\nTry: leave it out for no budget.")
+        n = self.tokens_per_pass
+        if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n<1):
+            raise ValueError(f"tokens_per_pass must be a whole number of tokens.\nFound: tokens_per_pass={n!r}.\nTry: leave it out for passes of per_device_train_batch_size rows.")
         if self.greater_is_better is None and re.search(r'(^|[^a-z])[cw]er$|loss$', str(self.metric_for_best_model).lower()):
             self.greater_is_better = False                           # error rates; transformers knows of losses alone
         kwargs = self.gradient_checkpointing_kwargs or {}
@@ -185,12 +191,14 @@ def _one_name(args, ours:str, theirs:str, default):
 
 # %% ../nbs/03_setup.ipynb #4c81f168
 def _choose_precision(args):
-    "Settle fp16 and bf16 for the machine."
+    "Settle fp16, bf16 and half_products for the machine."
+    from vlm_ft.kernels.lora import multiplies_bf16                           # loads peft
     gpu = torch.cuda.is_available() and not args.use_cpu
     if args.bf16 is None: args.bf16 = gpu and is_bf16_supported() and not args.fp16
     if args.fp16 and not gpu:
         warnings.warn("fp16 needs a GPU; there is none in use, so this trains in float32.", stacklevel=4)
         args.fp16 = False
+    if args.half_products is None: args.half_products = not gpu and multiplies_bf16()
     if args.bf16 and not torch.cuda.is_available(): args.use_cpu = True   # transformers wants it said that bf16 shall run on the CPU
 
 # %% ../nbs/03_setup.ipynb #2efbcd14

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['check_model', 'check_args', 'checkpoint_bytes', 'check_room', 'StepLines', 'EvalByGeneration', 'as_rows',
-           'check_dataset', 'row_of', 'processor_of', 'VisionTrainer', 'LengthGroups', 'memory_advice', 'TimeBudget',
-           'same_rng', 'find_checkpoint', 'saved_shapes', 'check_checkpoint', 'check_unfinished', 'own_shapes',
-           'load_whole']
+           'check_dataset', 'row_of', 'processor_of', 'VisionTrainer', 'LengthGroups', 'TokenBatches', 'memory_advice',
+           'TimeBudget', 'same_rng', 'find_checkpoint', 'saved_shapes', 'check_checkpoint', 'check_unfinished',
+           'own_shapes', 'load_whole']
 
 # %% ../nbs/04_training.ipynb #78fa904c
 import copy,inspect,itertools,json,logging,random,shutil,tempfile,time
@@ -20,14 +20,17 @@ import torch
 from fastcore.basics import patch
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_pt_utils import BatchRebalanceSampler
 from transformers.trainer_utils import align_special_tokens
 from .checkpoint import check_apart
 from .data import count_tokens
 from .loading import check_length, for_training, keep_inputs_frozen
-from .messages import load_rows
-from .models.family import base_of, family_for, nearest, refuse_unknown
+from .messages import DataError, load_rows
+from .models.family import base_of, family_for, nearest, refuse_unknown, table
 from .features import FeatureCache, free_gib, looks_once, with_features
+from .kernels.lora import half_products
 from .packing import packed, packed_loss
+from .recompute import Recompute
 from .setup import VisionDataCollator, VisionTrainingArguments
 
 # %% ../nbs/04_training.ipynb #ea815d81
@@ -146,7 +149,7 @@ def check_dataset(rows, collator):
     if isinstance(rows, dict): return [check_dataset(r, collator) for r in rows.values()]
     if rows is None or not hasattr(rows, '__len__') or not isinstance(collator, VisionDataCollator) or collator.formatting_func: return
     if not len(rows): raise ValueError("There are no rows to train or evaluate on.\nFound: an empty dataset.")
-    collator.check(rows)
+    return collator.check(rows)
 
 def row_of(collator):
     "How the collator makes a row of an example."
@@ -195,15 +198,20 @@ class VisionTrainer(Trainer):
         check_model(model, args.fp16)
         check_args(args, self._measured(eval_dataset, data_collator))
         check_room(args.output_dir, 0 if args.save_strategy=='no' else checkpoint_bytes(model))
-        for data in (train_dataset, eval_dataset): check_dataset(data, data_collator)
+        checked,_ = (check_dataset(data, data_collator) for data in (train_dataset, eval_dataset))
+        longest = next((l['max'] for l in checked or () if l['per row']=='tokens, text and image'), None)
         args.gradient_checkpointing = bool(args.gradient_checkpointing and getattr(base_of(model), 'gradient_checkpointing_wanted', True))
         keep_inputs_frozen(model)
         super().__init__(model=model, args=args, data_collator=data_collator, train_dataset=train_dataset, eval_dataset=eval_dataset,
                          processing_class=processor, callbacks=callbacks, **kwargs)
         for callback in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK): self.remove_callback(callback)
         if progress: self.add_callback(StepLines())
+        self.kept = []                                                    # which blocks keep what they compute, after the first step
         self._tokens,self._mark,self._paused,self._waited = 0,None,0.,0.  # since the last log: tokens read; its time; seconds of evaluation, and of waiting for rows
         self.packs = bool(getattr(args, 'packing', True)) and isinstance(data_collator, VisionDataCollator) and self.compute_loss_func is None and args.world_size==1
+        self.passes = self._passes(args.tokens_per_pass) if getattr(args, 'tokens_per_pass', None) else None
+        self.most = args.tokens_per_pass if self.passes else longest and longest*args.per_device_train_batch_size       # tokens of the largest pass; None: not known
+        self.recompute = Recompute(model, getattr(args, 'activation_gib', None)) if args.gradient_checkpointing else None
         gib = getattr(args, 'feature_cache_gib', None)
         self.features = FeatureCache(free_gib()/4 if gib is None else gib) if self.packs and gib!=0 and looks_once(model, family_for(model)) else None
 
@@ -233,15 +241,64 @@ class LengthGroups(torch.utils.data.Sampler):
         last = [batches.pop()] if len(batches[-1])<self.rows else []      # a short batch stays at the end, or it would shift the others
         return itertools.chain.from_iterable([batches[i] for i in torch.randperm(len(batches), generator=draw)] + last)
 
+# %% ../nbs/04_training.ipynb #dc1d99f9
+class TokenBatches(BatchRebalanceSampler):
+    "Every row once an epoch, in passes of at most so many tokens; as many passes in each epoch."
+    def __init__(self,
+        lengths:list,   # tokens of each row
+        budget:int,     # tokens of a pass
+        seed:int,       # with the epoch it decides the order
+        n_open:int=32,  # passes that are being filled at a time
+    ):
+        if long := [(i, n) for i,n in enumerate(lengths) if n>budget]: raise DataError([(i, f"the row alone is longer than a pass.\nFound: {n} tokens with tokens_per_pass={budget}.\n"
+            f"Try: tokens_per_pass={max(n for _,n in long)}, or a smaller max_pixels.") for i,n in long])
+        self.lengths,self.budget,self.seed,self.n_open,self.epoch = list(lengths),budget,seed,n_open,0
+        self.n_passes = max(len(self._filled(0, trial)) for trial in range(3))
+
+    def __len__(self): return self.n_passes
+
+    def _filled(self, epoch:int, trial:int)->list:
+        "Passes as luck has them."
+        draw = torch.Generator().manual_seed(self.seed+epoch+10**6*trial)
+        done,filling = [],[]                                              # filling: [room, rows]
+        for i in torch.randperm(len(self.lengths), generator=draw).tolist():
+            n = self.lengths[i]
+            into = next((p for p in filling if p[0]>=n), None)
+            if into is None: filling.append(into := [self.budget, []])
+            into[0] -= n; into[1].append(i)
+            if len(filling)>self.n_open: done.append(filling.pop(0)[1])
+        done += [rows for _,rows in filling]
+        return [done[i] for i in torch.randperm(len(done), generator=draw)]
+
+    def __iter__(self):
+        passes = next(p for trial in itertools.count() if len(p := self._filled(self.epoch, trial))<=self.n_passes)
+        while len(passes)<self.n_passes:
+            most = max(range(len(passes)), key=lambda k: len(passes[k]))
+            rows = passes[most]
+            passes[most:most+1] = [rows[::2], rows[1::2]]
+        return iter(passes)
+
+# %% ../nbs/04_training.ipynb #10abc3ab
+@patch
+def _lengths(self:VisionTrainer, data)->list:
+    "Tokens of each row, from its pictures' sizes."
+    collator,family = self.data_collator,family_for(self.model)
+    return [count_tokens(row_of(collator)(r), self.processing_class, family, getattr(collator, 'resize', None))['total'] for r in data]
+
+@patch
+def _passes(self:VisionTrainer, budget:int)->TokenBatches:
+    "The passes of a budget of tokens."
+    if not self.packs or not hasattr(self.train_dataset, '__len__'): raise ValueError("tokens_per_pass fills packed passes with rows whose lengths are known before.\n"
+        f"Found: {'a stream of rows' if self.packs else 'rows that are padded'}.\nTry: leave it out, and set per_device_train_batch_size.")
+    return TokenBatches(self._lengths(self.train_dataset), budget, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+
 @patch
 def _get_train_sampler(self:VisionTrainer, train_dataset=None):
-    "Transformers' sampler; rows in groups of one length where the arguments ask for it."
-    data,collator = self.train_dataset if train_dataset is None else train_dataset,self.data_collator
+    "Transformers' sampler; rows in groups of one length, or in passes of one number of tokens, where the arguments ask for it."
+    data = self.train_dataset if train_dataset is None else train_dataset
+    if self.passes: return self.passes
     if self.args.train_sampling_strategy!='group_by_length' or not hasattr(data, '__len__'): return Trainer._get_train_sampler(self, train_dataset)
-    family = family_for(self.model)
-    lengths = [count_tokens(row_of(collator)(r), self.processing_class, family, getattr(collator, 'resize', None))['total'] for r in data]
-    seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-    return LengthGroups(lengths, self.args.train_batch_size, seed)
+    return LengthGroups(self._lengths(data), self.args.train_batch_size, self.args.seed if self.args.data_seed is None else self.args.data_seed)
 
 # %% ../nbs/04_training.ipynb #4a55f871
 @patch
@@ -258,8 +315,9 @@ def get_train_dataloader(self:VisionTrainer):
 def compute_loss(self:VisionTrainer, model, inputs, return_outputs=False, num_items_in_batch=None):
     "Transformers' loss; of a packed batch, ours."
     if 'row_bounds' not in inputs: return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
-    if self.features: inputs = with_features(model, inputs, family_for(model), self.features)
-    return packed_loss(model, inputs, num_items_in_batch)
+    with self.accelerator.autocast():                                        # a model's own forward() would enter it; ours calls what is beneath
+        if self.features: inputs = with_features(model, inputs, family_for(model), self.features)
+        return packed_loss(model, inputs, num_items_in_batch)
 
 def memory_advice(
     inputs:dict, # of the step that did not fit
@@ -272,6 +330,7 @@ def memory_advice(
     rows,tokens,longest = len(lengths),int(lengths.sum()),int(lengths.max())
     tries = []
     if rows>1: tries.append(f"per_device_train_batch_size={rows//2} with gradient_accumulation_steps={args.gradient_accumulation_steps*-(-rows//(rows//2))}: the same step in smaller parts")
+    if args.gradient_checkpointing and getattr(args, 'activation_gib', None)!=0: tries.append("activation_gib=0: every block is run again, none keeps what it computed")
     if not args.gradient_checkpointing: tries.append("gradient_checkpointing=True: a third slower, a fraction of the memory")
     tries += ["a smaller max_pixels in from_pretrained: fewer tokens a picture", "load_in_4bit=True: a quarter of the weights' memory"]
     return (f"A step does not fit into the GPU's memory.\nFound: {rows} row{'s'*(rows>1)} of together {tokens:,} tokens, {image:,} of them picture; the longest has {longest:,}"
@@ -287,12 +346,17 @@ def get_batch_samples(self:VisionTrainer, epoch_iterator, num_batches, device):
 @patch
 def training_step(self:VisionTrainer, model, inputs, num_items_in_batch=None):
     "One forward and backward; its tokens are counted where they are, on the device."
-    if self._mark is None: self._mark,self._waited = time.monotonic(),0.
-    self._tokens = self._tokens + (inputs['attention_mask'].sum() if 'attention_mask' in inputs else inputs['input_ids'].numel())
+    first = self._mark is None
+    if first: self._mark,self._waited = time.monotonic(),0.
+    n = inputs['attention_mask'].sum() if 'attention_mask' in inputs else inputs['input_ids'].numel()
+    self._tokens = self._tokens + n
+    if first and self.recompute: self.recompute.watch()
     try:
-        with packed(model, family_for(model)) if 'row_bounds' in inputs else nullcontext():   # a checkpointed block attends again in the backward pass
-            return Trainer.training_step(self, model, inputs, num_items_in_batch)
+        with (packed(model, family_for(model)) if 'row_bounds' in inputs else nullcontext()), half_products(getattr(self.args, 'half_products', False)):   # a checkpointed block runs again in the backward pass
+            loss = Trainer.training_step(self, model, inputs, num_items_in_batch)
     except torch.OutOfMemoryError as e: raise torch.OutOfMemoryError(memory_advice(inputs, self.args, family_for(model))) from e
+    if first and self.recompute: self.kept = self.recompute.settle(self.most/int(n) if self.most else 2.)
+    return loss
 
 @patch
 def log(self:VisionTrainer, logs, start_time=None):
@@ -340,6 +404,7 @@ def train(self:VisionTrainer,
         check_checkpoint(resume_from_checkpoint, self.model, rng=self.args.world_size==1)
         check_unfinished(resume_from_checkpoint, self.args)
     for_training(self.model)
+    self._mark = None
     if not self.args.gradient_checkpointing: base_of(self.model).gradient_checkpointing_disable()
     talk = logging.getLogger('transformers.trainer_utils')
     level,talk.level = talk.level,logging.ERROR
