@@ -1,0 +1,103 @@
+"What only a GPU can show: the kernels in 16 bit beside float32, and a trainer that runs there. `pytest --cuda tests/test_cuda.py`"
+import copy, pytest, torch, torch.nn.functional as F
+from vlm_ft.data import encode
+from vlm_ft.lora import get_peft_model
+from vlm_ft.models.family import base_of, family_for
+from vlm_ft.models.tiny import FAMILIES, drawn, tiny
+from vlm_ft.packing import bounds, pack_batch, packed, packed_attention, packed_loss
+from vlm_ft.setup import VisionTrainingArguments, pad_batch
+from vlm_ft.training import VisionTrainer
+
+pytestmark = pytest.mark.cuda
+
+def rows(n=6):
+    out = [{'image':drawn(str(i), (40+30*i, 28+9*(i%3))), 'question':'Read.', 'answer':str(i)*(1+7*i)} for i in range(n)]
+    out[2] = {'messages':[{'role':'user','content':'No picture?'}, {'role':'assistant','content':'None.'}]}
+    return out
+
+def adapted(name):
+    model,processor = tiny(name)
+    model = get_peft_model(model, r=4)
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for n,p in model.named_parameters():
+            if 'lora_B' in n: p.copy_(torch.randn(p.shape, generator=g)*.2)
+    return model,processor,family_for(model)
+
+def step(model, family, batch, dtype=None):
+    "Loss and gradients of a packed batch on the model's device."
+    batch = {k: v.to(model.device) if torch.is_tensor(v) else v for k,v in batch.items()}
+    model.zero_grad(set_to_none=True)
+    with packed(model, family), torch.autocast('cuda', dtype, enabled=dtype is not None): loss = packed_loss(model, batch)
+    loss.backward()
+    return loss.item(),{n:p.grad.detach().float().cpu() for n,p in model.named_parameters() if p.grad is not None}
+
+def plain(model, family, features):
+    "The same of the rows one at a time, float32 on the CPU, without any hook of ours."
+    model = copy.deepcopy(model)
+    for m in model.modules(): m._forward_pre_hooks.clear(); m._forward_pre_hooks_with_kwargs.clear()
+    n,total = sum((f['labels']!=-100).sum().item() for f in features),0.
+    for f in features:
+        loss = model(**pad_batch([f], family, 0), num_items_in_batch=torch.tensor(n)).loss
+        loss.backward(); total += loss.item()
+    return total,{k:p.grad for k,p in model.named_parameters() if p.grad is not None}
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_float32_is_exact(name):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model,processor,family = adapted(name)
+    features = [encode(r, processor, family) for r in rows()]
+    want,grads = plain(model, family, features)
+    loss,ours = step(model.cuda(), family, pack_batch(features, family))
+    assert abs(loss-want)<1e-5*want and grads.keys()==ours.keys()
+    for n in grads: assert (grads[n]-ours[n]).abs().max() <= 2e-5*grads[n].abs().max()+1e-9, n
+
+@pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.parametrize('weights', (torch.float32, torch.bfloat16))
+def test_bfloat16_is_near(name, weights):
+    "Under autocast, over weights in either dtype and adapters in float32; and it is not padding or another row that it sees."
+    model,processor,family = adapted(name)
+    features = [encode(r, processor, family) for r in rows()]
+    want,grads = plain(model, family, features)
+    for n,p in model.named_parameters():
+        if 'lora' not in n: p.data = p.data.to(weights)
+    loss,ours = step(model.cuda(), family, pack_batch(features, family), torch.bfloat16)
+    assert abs(loss-want)<2e-2*want
+    a,b = (torch.cat([g[n].flatten() for n in sorted(grads)]) for g in (grads, ours))
+    assert F.cosine_similarity(a, b, 0)>.98
+
+@pytest.mark.parametrize('heads,size', (((16,16),80), ((12,2),128), ((16,16),64)))
+@pytest.mark.parametrize('causal', (True, False))
+def test_attention_in_one_kernel(heads, size, causal):
+    "The variable-length kernel against float64, row by row; outputs and gradients."
+    lengths,module = [5,130,1,77],torch.nn.Module()
+    module.is_causal,module.num_key_value_groups = causal,heads[0]//heads[1]
+    g = torch.Generator().manual_seed(0)
+    wide = [torch.randn(1, h, sum(lengths), size, generator=g).bfloat16() for h in (heads[0], heads[1], heads[1])]
+    up = torch.randn(1, sum(lengths), heads[0], size, generator=g).bfloat16()
+    found = []
+    for device,dtype in (('cuda',torch.bfloat16), ('cpu',torch.float64)):
+        qkv = [t.to(device, dtype).requires_grad_() for t in wide]
+        out,_ = packed_attention(module, *qkv, None, row_bounds=bounds(lengths).to(device), longest_row=max(lengths))
+        found.append([t.detach().cpu().double() for t in (out, *torch.autograd.grad(out, qkv, up.to(device, dtype)))])
+    for a,b in zip(*found): assert (a-b).norm()<.02*b.norm()
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_trains(name, tmp_path):
+    model,processor = tiny(name)
+    model = get_peft_model(model.to(torch.bfloat16).cuda(), r=4)
+    args = VisionTrainingArguments(str(tmp_path), max_steps=30, logging_steps=5, per_device_train_batch_size=6, gradient_accumulation_steps=1, learning_rate=5e-3, save_strategy='no', dataloader_num_workers=2)
+    trainer = VisionTrainer(model, args, train_dataset=rows(), processing_class=processor)
+    trainer.train()
+    losses = [l['loss'] for l in trainer.state.log_history if 'loss' in l]
+    assert args.bf16 and losses[-1]<.8*losses[0] and trainer.kept and {p.dtype for p in model.parameters() if p.requires_grad}=={torch.float32}
+
+def test_a_step_that_does_not_fit_says_what_would(tmp_path):
+    model,processor = tiny('qwen2_vl')
+    model = get_peft_model(model.cuda(), r=4)
+    trainer = VisionTrainer(model, VisionTrainingArguments(str(tmp_path), max_steps=1, save_strategy='no'), train_dataset=rows(), processing_class=processor, progress=False)
+    torch.cuda.set_per_process_memory_fraction(1e-4)
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match='per_device_train_batch_size=1'): trainer.train()
+    finally: torch.cuda.set_per_process_memory_fraction(1.)
+    assert base_of(model).dtype==torch.float32
