@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONTAINERS', 'PICTURES', 'FORMATS', 'SPEAKERS', 'Source', 'as_record', 'Format', 'form', 'kept', 'placed', 'turn',
-           'turns', 'pictures', 'marked', 'qwen_vl', 'llava', 'sharegpt', 'alpaca', 'llama_factory', 'openai',
+           'turns', 'listed', 'pictures', 'marked', 'qwen_vl', 'llava', 'sharegpt', 'alpaca', 'llama_factory', 'openai',
            'prompt_completion', 'vqa_rows', 'rows', 'most_said', 'where', 'vqa_pair', 'read_vqa', 'vqa', 'data_with',
            'read_textvqa', 'textvqa', 'read_docvqa', 'docvqa', 'read_coco', 'coco', 'metadata', 'class_folders',
            'imagefolder', 'classes']
@@ -123,14 +123,18 @@ def turn(
 )->dict:
     "One message of a conversation."
     if not isinstance(message, dict): raise wrong("a turn is not a dict.", message, f"{{'{role}':…, '{text}':…}}.")
-    if message.get(role) not in SPEAKERS:
+    if not isinstance(message.get(role), str) or message[role] not in SPEAKERS:
         raise wrong(f"the speaker {message.get(role)!r} is unknown.{nearest(message.get(role), SPEAKERS)}", f"keys {', '.join(map(str, message))}", f"one of {', '.join(SPEAKERS)} under {role!r}.")
     return {'role':SPEAKERS[message[role]], 'content':split(message.get(text)), **{k:v for k,v in message.items() if k not in (role,text)}}
 
 def turns(messages, *keys, **kw)->list:
     "All messages of a conversation."
-    if not isinstance(messages, list): raise wrong("a conversation is not a list.", messages, "a list of turns.")
-    return [turn(m, *keys, **kw) for m in messages]
+    return [turn(m, *keys, **kw) for m in listed(messages, 'conversation')]
+
+def listed(x, what:str)->list:
+    "A list; `DataError` for anything else."
+    if not isinstance(x, list): raise wrong(f"a {what} is not a list.", x, "a list.")
+    return x
 
 def pictures(rec:dict): return next((rec[k] for k in ('images','image') if rec.get(k) is not None), None)
 
@@ -153,7 +157,7 @@ def sharegpt(rec): return llava(rec)
 @form('alpaca', 'instruction, input and output, with history, system and images', 'github.com/hiyouga/LLaMA-Factory, data/README.md, "Alpaca Format"', lambda s: s.has('instruction','output'))
 def alpaca(rec):
     asked = '\n'.join(rec[k] for k in ('instruction','input') if isinstance(rec.get(k), str) and rec[k])
-    pairs = [*(rec.get('history') or []), (asked, rec.get('output'))]
+    pairs = [*listed(rec.get('history') or [], 'history'), (asked, rec.get('output'))]
     if any(not isinstance(p, (list,tuple)) or len(p)!=2 for p in pairs): raise wrong("the history is not pairs of question and answer.", pairs[:-1], "[[question, answer], …].")
     return {'messages':[m for q,a in pairs for m in ({'role':'user','content':placed(q)}, {'role':'assistant','content':a})], 'images':pictures(rec), **kept(rec, 'instruction', 'input', 'output', 'history', 'image', 'images')}
 
@@ -166,7 +170,7 @@ def openai(rec):
     return rec if rec.get('messages') is None else {**rec, 'messages':turns(rec['messages'], split=lambda content: content)}     # a file may mix rows of both kinds
 
 @form('prompt-completion', 'prompt and completion, each a list of messages, and images', 'TRL, "Dataset formats", conversational prompt-completion', lambda s: s.has('prompt','completion', where=lambda v: isinstance(v, list)))
-def prompt_completion(rec): return openai({**kept(rec, 'prompt', 'completion'), 'messages':[*(rec.get('prompt') or []), *(rec.get('completion') or [])]})
+def prompt_completion(rec): return openai({**kept(rec, 'prompt', 'completion'), 'messages':[m for k in ('prompt','completion') for m in listed(rec.get(k), k)]})
 
 @form('vqa-rows', 'question, and answers that are dicts with answer', 'VQAv2 in Hugging Face form (HuggingFaceM4/VQAv2)', lambda s: s.has('question','answers', where=lambda v: isinstance(v, list) and v and isinstance(v[0], dict)))
 def vqa_rows(rec): return {'task':'vqa', **kept(rec), 'answers':most_said(rec.get('answers'), rec.get('multiple_choice_answer'))}
@@ -176,8 +180,7 @@ def rows(rec): return openai(rec)
 
 def most_said(answers, first=None)->list:
     "Annotators' answers as texts, the commonest (or `first`) at the start; all are kept, for VQA accuracy counts them."
-    if not isinstance(answers, list): raise wrong("the answers are no list.", answers, "[{'answer':…}, …].")
-    texts = [a.get('answer') if isinstance(a, dict) else a for a in answers]
+    texts = [a.get('answer') if isinstance(a, dict) else a for a in listed(answers, 'set of answers')]
     count = Counter(t for t in texts if isinstance(t, str))
     return sorted(texts, key=lambda t: (t!=first, -count.get(t, 0)) if isinstance(t, str) else (True, 0))
 

@@ -65,7 +65,7 @@ def inside(
     root, # folder
 )->str:
     "A path below a folder; `DataError` for one that leads out of it."
-    whole,root = os.path.normpath(Path(root)/path),os.path.normpath(root)
+    whole,root = os.path.normpath(os.path.join(root, path)),os.path.normpath(root)
     if whole==root or not (whole+os.sep).startswith(root.rstrip(os.sep)+os.sep):
         raise wrong("a picture lies outside the data's folder.", f"{path!r}, and the folder is {root!r}",
                     f"root={os.path.commonpath([os.path.abspath(root), os.path.abspath(whole)])!r}, the folder that holds them all, or move the picture.")

@@ -8,6 +8,7 @@ __all__ = ['PIECE', 'LONGEST', 'LARGEST', 'line_places', 'Places', 'JsonLines', 
 
 # %% ../nbs/rows.ipynb #26e76451
 import csv, io, json, operator, os
+from array import array
 from pathlib import Path
 import numpy as np
 import torch
@@ -21,14 +22,14 @@ def line_places(
     path,
 )->np.ndarray: # (n_lines, 3) int64: where it begins and ends, in bytes, and its number as an editor counts
     "The places of all lines that hold something."
-    places,at,start,n,blank = [],0,0,1,True
+    places,at,start,n,blank = array('q'),0,0,1,True
     with open(path, 'rb') as f:
         while piece := f.readline(PIECE):
             at,blank = at+len(piece),blank and not piece.strip(b' \t\r\n\xef\xbb\xbf')
             if not piece.endswith(b'\n'): continue
-            if not blank: places.append((start, at, n))
+            if not blank: places.extend((start, at, n))
             start,n,blank = at,n+1,True
-    if not blank: places.append((start, at, n))
+    if not blank: places.extend((start, at, n))
     return np.array(places, dtype=np.int64).reshape(-1, 3)
 
 # %% ../nbs/rows.ipynb #19d2aaf2
@@ -82,7 +83,7 @@ class Table(Places):
 
     def find(self, path)->np.ndarray:
         "The places of the rows, the head's first."
-        places,at,start,n = [],0,0,0
+        places,at,start,n = array('q'),0,0,0
         def lines(f):
             nonlocal at,n
             while line := f.readline(LONGEST+1):
@@ -94,9 +95,10 @@ class Table(Places):
         with open(path, 'rb') as f:
             try:
                 for cells in self.cells(lines(f)):
-                    if cells: places.append((start, at, first))
+                    if cells: places.extend((start, at, first))
                     start,first = at,n+1
-            except DataError as e: raise DataError([(max(0, len(places)-1), text) for _,text in e.problems]) from e
+            except DataError as e: raise DataError([(max(0, len(places)//3-1), text) for _,text in e.problems]) from e
+            except csv.Error as e: raise ValueError(f"{Path(path).name!r} is no table.\nFound: {e}, on line {n}.\nTry: save it as CSV again, with a line end after each row.") from e
         return np.array(places, dtype=np.int64).reshape(-1, 3)
 
     def __getitem__(self, i):
