@@ -131,6 +131,36 @@ def test_answers_that_are_not_there_are_named_by_row(tmp_path):
     with pytest.raises(DataError) as e: load_rows(frame.to_dict('records'))
     assert [row for row,_ in e.value.problems]==[1,3]
 
+# --- sources that are not on this machine
+
+def test_a_dataset_of_the_hub(monkeypatch, capsys):
+    import datasets
+    asked = []
+    monkeypatch.setattr(datasets, 'get_dataset_split_names', lambda name: ['train','test'])
+    monkeypatch.setattr(datasets, 'load_dataset', lambda name, split: asked.append((name, split)) or datasets.Dataset.from_list([{'image':drawn(),'question':'q','answer':'a'}]))
+    assert len(load_rows('owner/name:train'))==1 and len(load_rows('hf://datasets/owner/name:test[:10%]'))==1
+    assert asked==[('owner/name','train'),('owner/name','test[:10%]')] and 'name: 1 row, read as rows' in capsys.readouterr().out
+    with pytest.raises(ValueError, match='Found: train, test'): load_rows('owner/name')
+    with pytest.raises(ValueError, match="Did you mean 'test'"): load_rows('owner/name:tset')
+    with pytest.raises(FileNotFoundError): load_rows('owner/rows.jsonl')                    # a path, not a dataset
+
+def test_pictures_are_fetched_only_when_asked_and_once(tmp_path, monkeypatch):
+    import http.server, threading
+    folder = tmp_path/'web'; folder.mkdir(); drawn('ab').save(folder/'a.png')
+    handler = type('Quiet', (http.server.SimpleHTTPRequestHandler,), {'log_message':lambda *a: None, '__init__':lambda self, *a, **k: http.server.SimpleHTTPRequestHandler.__init__(self, *a, directory=str(folder), **k)})
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    at = f'http://127.0.0.1:{server.server_port}'
+    path = lines(tmp_path/'x.jsonl', {'image':f'{at}/a.png','question':'q','answer':'a'}, {'messages':parts({'type':'image_url','image_url':{'url':f'{at}/a.png'}}, ASK)})
+    with pytest.raises(DataError, match='fetch=True') as e: load_rows(path)
+    assert [row for row,_ in e.value.problems]==[0,1]
+    assert [open_image(p).tobytes() for row in load_rows(path, fetch=True) for p in pictures_of(row['messages'])]==[open_image(drawn('ab')).tobytes()]*2
+    bad = lines(tmp_path/'y.jsonl', {'image':f'{at}/a.png','question':'q','answer':'a'}, {'image':f'{at}/b.png','question':'q','answer':'a'})
+    with pytest.raises(DataError, match='404') as e: load_rows(bad, fetch=True)
+    assert [row for row,_ in e.value.problems]==[1]
+    server.shutdown(); server.server_close()
+    assert len(load_rows(path, fetch=True))==2                                              # no server is asked again
+
 # --- scale
 
 def test_rows_stay_in_their_file_all_the_way_through_a_training(tmp_path, monkeypatch):

@@ -105,6 +105,7 @@ def _seen(s:Source)->str:
 
 def _advice(s:Source)->str:
     "The columns that would make rows of records with names of their own."
+    if s.path and s.path.is_dir() and (inside := [p for p in s.files if p.suffix.lower() in CONTAINERS]): return f"one of its files, load_rows({str(inside[0])!r})."
     if not s.sample: return "format=… to say what it is, or the rows in a .jsonl file: {\"image\":…, \"question\":…, \"answer\":…} a line."
     texts = {k:v for k,v in s.sample[0].items() if isinstance(v, str)}
     image = next((k for k,v in s.sample[0].items() if str(v).lower().endswith(PICTURES) or isinstance(v, (bytes,dict)) or hasattr(v, 'getbands')), None)
@@ -188,8 +189,7 @@ def load_rows(
     columns,path,split = parsed_columns(columns),None,None
     if isinstance(source, (str, Path)):
         name,split = split_name(str(source))
-        path = Path(name)
-        source = _opened(path, split)
+        path,source = Path(name),_opened(name, split)
     else: refuse_no_rows(source)
     if _is(source, 'IterableDataset'): return streamed(source, format, columns, root)
     reader = Reader(columns=columns, root=root)
@@ -209,11 +209,12 @@ def load_rows(
     rows.check()
     return rows
 
-def _opened(path:Path, split):
+def _opened(name:str, split):
     "The dataset that a path or name means, or the path of another file or folder."
+    path = Path(name)
     if path.is_dir() and (made := from_disk(path, split)) is not None: return made
     if path.exists() and split is None: return path
-    if not path.exists() and (hub := hub_id(str(path))): return from_hub(hub, split)
+    if not path.exists() and (hub := hub_id(name)): return from_hub(hub, split)
     if path.is_dir(): raise ValueError(f"{str(path)!r} is no saved dataset, and has no split {split!r}.\nTry: its sub-folder, {str(path/split)!r}, if there is one.")
     beside = [p.name for p in path.parent.glob('*')] if path.parent.is_dir() else []
     raise FileNotFoundError(f"There is no file {str(path)!r}.{nearest(path.name, beside)}")
