@@ -235,6 +235,17 @@ def test_any_bytes_in_a_file(tmp_path, suffix, content):
     only_said(lambda: load_rows(path))
 
 @SETTINGS
+@given(st.sampled_from([of_page, of_alto, of_hocr]), st.integers(0, 600), st.integers(0, 30), st.text('<>/"=0123456789.,- abMCPcxT&;\n', max_size=12))
+def test_any_damage_to_a_page(tmp_path, of, at, n, text):
+    drawn().save(tmp_path/'a.png')
+    of(tmp_path)
+    path = next(p for p in tmp_path.iterdir() if p.suffix in ('.xml','.hocr'))
+    was = path.read_text()
+    path.write_text(was[:at]+text+was[at+n:])
+    try: only_said(lambda: load_rows(path))
+    finally: path.unlink()
+
+@SETTINGS
 @given(st.sampled_from(['questions','annotations','data','images']), st.lists(RECORDS | VALUES, max_size=2), st.lists(RECORDS | st.fixed_dictionaries({'image_id':VALUES,'caption':VALUES,'question_id':VALUES,'question':VALUES,'image':VALUES,'id':VALUES}), max_size=2))
 def test_any_json_object(tmp_path, key, values, annotations):
     (tmp_path/'x.json').write_text(json.dumps({key:values, 'annotations':annotations, 'data':annotations if key=='images' else values}))

@@ -9,6 +9,7 @@ __all__ = ['PIECE', 'LONGEST', 'LARGEST', 'line_places', 'Places', 'JsonLines', 
 # %% ../nbs/rows.ipynb #26e76451
 import csv, io, json, operator, os
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 import numpy as np
 import torch
@@ -153,7 +154,7 @@ def parquet_file(path)->Arrow:
     return Arrow(datasets.Dataset.from_parquet(str(path)))
 
 # %% ../nbs/rows.ipynb #ab803db1
-class Rows(torch.utils.data.Dataset):
+class Rows(torch.utils.data.Dataset, Sequence):
     "Rows, each read and brought into form when it is used."
     def __init__(self,
         records,         # a sequence of dicts

@@ -41,12 +41,14 @@ def line_records(s:Source, read, suffixes=('.xml',))->list[dict]:
     def lines(page):
         nonlocal empty
         if page.stat().st_size>LARGEST_PAGE: raise wrong(f"{page.name} is too large for a page.", f"{page.stat().st_size/2**20:,.0f} MiB", f"a file a page; up to {LARGEST_PAGE/2**20:.0f} MiB are read.")
-        picture,each = read(page)
+        try: picture,each = read(page)
+        except DataError: raise
+        except (ValueError, TypeError) as e: raise wrong(f"{page.name} has numbers that are none.", str(e), "mend it, or take it out of the folder.") from e
         empty += sum(not text.strip() for _,text in each)
         s.root = Path(os.path.commonpath([os.path.abspath(s.root), os.path.abspath(picture)]))       # page/ may lie beside the pictures
         return [{'image':f"{os.path.abspath(picture)}#xywh={','.join(map(str, box))}", 'answer':text, 'group':page.name.split('.')[0]} for box,text in each if text.strip()]
     found = [rec for each in for_rows(lines, pages(s, suffixes), numbered=False) for rec in each]
-    if empty: s.notes.append(f"{empty:,} lines without text left out")
+    if empty: s.notes.append(f"{empty:,} line{'s'*(empty>1)} without text left out")
     return found
 
 def box_around(
@@ -82,7 +84,7 @@ def page_lines(page:Path)->tuple: # the picture, [((x, y, w, h), text), …]
         if coords is None: raise wrong(f"{page.name}: a line has no outline.", f"TextLine {node.get('id')}", "Coords with points.")
         numbers = re.findall(r'-?[\d.]+', coords.get('points') or ' '.join(f"{p.get('x')},{p.get('y')}" for p in coords))   # before 2013: elements
         if len(numbers)<4: raise wrong(f"{page.name}: a line has no outline.", f"TextLine {node.get('id')} with points {coords.get('points')!r}", "two points or more.")
-        readings = sorted(named(node, 'TextEquiv', deep=False), key=lambda t: int(t.get('index', 0)))
+        readings = sorted(named(node, 'TextEquiv', deep=False), key=lambda t: int(t.get('index') or 0))
         text = ''.join(u.text or '' for t in readings[:1] for u in named(t, 'Unicode', deep=False))
         return box_around([*zip(map(float, numbers[::2]), map(float, numbers[1::2]))], size, page), text
     return picture, for_rows(line, named(whole[0], 'TextLine'), numbered=False)
@@ -150,7 +152,7 @@ def hocr_lines(page:Path)->tuple: # as `page_lines`
     image,lines = parser.pages[0]
     picture = picture_of(page, image)
     size = image_size(str(picture))
-    if lost := [text for box,text in lines if box is None]: raise wrong(f"{page.name}: {len(lost)} lines have no box.", ' '.join(lost[0].split()), "bbox in their title.")
+    if lost := [text for box,text in lines if box is None]: raise wrong(f"{page.name}: {len(lost)} of {len(lines)} lines have no box.", ' '.join(lost[0].split()), "bbox in their title.")
     return picture, for_rows(lambda line: (box_around([(line[0][0],line[0][1]), (line[0][2],line[0][3])], size, page), ' '.join(line[1].split())), lines, numbered=False)
 
 form('hocr', 'hOCR with ocr_line elements: a file, or a folder of them', 'kba.github.io/hocr-spec/1.2', begins(rb'ocr_page|ocr-system', suffixes=('.hocr','.html','.htm','.xhtml')),
