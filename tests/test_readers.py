@@ -1,11 +1,10 @@
 "Each format from a small file written as its specification says, its way to OpenAI's form and back, rows in a trainer and its workers, and bytes that mean nothing."
-import json, pickle, resource, subprocess, sys
+import json, pickle, subprocess, sys
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
-from PIL import Image
 
 from vlm_ft.data import check_rows, pictures_of
 from vlm_ft.formats import FORMATS
@@ -161,6 +160,11 @@ def test_pictures_are_fetched_only_when_asked_and_once(tmp_path, monkeypatch):
     server.shutdown(); server.server_close()
     assert len(load_rows(path, fetch=True))==2                                              # no server is asked again
 
+def test_pdf_files_say_what_they_need(made, monkeypatch):
+    path = made('pdf')
+    monkeypatch.setitem(sys.modules, 'pypdfium2', None)
+    with pytest.raises(ImportError, match='pip install pypdfium2'): load_rows(path)
+
 # --- scale
 
 def test_rows_stay_in_their_file_all_the_way_through_a_training(tmp_path, monkeypatch):
@@ -204,6 +208,18 @@ def test_memory_does_not_grow_with_the_pictures_in_a_file(tmp_path):
     assert path.stat().st_size>75*2**20
     n,grown = subprocess.run([sys.executable, '-c', PEAK, path], capture_output=True, text=True, check=True).stdout.split()[-2:]
     assert int(n)==2000 and float(grown)<15, grown
+
+def test_a_check_keeps_no_row(tmp_path):
+    import base64, io, tracemalloc
+    out = io.BytesIO(); drawn('ab', (60,40)).save(out, 'PNG')
+    uri = 'data:image/png;base64,'+base64.b64encode(out.getvalue()+bytes(300_000)).decode()
+    rows = load_rows(lines(tmp_path/'x.jsonl', *({'image':uri,'question':'Read.','answer':'ab'} for _ in range(40))))      # 16 MB
+    model,processor = tiny('qwen2_vl')
+    check_rows(rows[:2], processor, model)
+    tracemalloc.start()
+    try: check_rows(rows, processor, model); peak = tracemalloc.get_traced_memory()[1]
+    finally: tracemalloc.stop()
+    assert peak<8*2**20, peak
 
 # --- bytes and values that mean nothing
 

@@ -265,7 +265,7 @@ def to_messages(
     pictures = next((row[k] for k in ('images','image') if row.get(k) is not None), [])
     pictures = [reference(p, root) for p in (pictures if isinstance(pictures, list) else [pictures])]
     if row.get('messages') is None and row.get('question') is None:
-        raise wrong("a row needs `messages`, or `question` and `answer`.", f"keys {', '.join(map(str, row))}", "one of the two forms.")
+        raise wrong("a row needs `messages`, or `question` and `answer`.", f"keys {', '.join(map(str, row))}", "one of the two forms; load_rows reads others.")
     messages = row['messages'] if row.get('messages') is not None else _asked({'question':row['question'], **extra}, pictures)
     if not isinstance(messages, list) or not messages: raise wrong("a row has no messages.", messages, "a list of {'role':…, 'content':…}.")
     if row.get('system'): messages = [{'role':'system', 'content':row['system']}, *messages]
