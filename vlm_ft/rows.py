@@ -184,5 +184,5 @@ class Rows(torch.utils.data.Dataset, Sequence):
 
     def check(self):
         "Read every row and keep none; what is wrong is raised at once, by row number."
-        from tqdm.auto import tqdm
+        from tqdm import tqdm
         for_rows(lambda i: self[i] is None, tqdm(range(len(self)), desc=f'reading {self.name}', unit=' rows', delay=5, leave=False))   # shown when it takes long

@@ -45,7 +45,7 @@ def fetch(url:str, folder):
 
 def fetch_all(urls, folder)->dict: # {url: what was wrong}
     "Fetch pictures, several at a time."
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
     urls = list(dict.fromkeys(urls))
     if not urls: return {}
     Path(folder).mkdir(parents=True, exist_ok=True)
