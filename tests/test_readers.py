@@ -108,6 +108,12 @@ def test_a_format_can_be_named_and_its_rows_pickle(name, made):
     rows = load_rows(made(name), format=name)
     assert list(pickle.loads(pickle.dumps(rows)))==list(rows) and list(rows[:1])==[rows[0]]
 
+def test_a_file_in_the_working_folder(made, tmp_path, monkeypatch):
+    made('rows'); monkeypatch.chdir(tmp_path)
+    assert image_size(pictures_of(load_rows('x.jsonl')[0]['messages'])[0])
+    lines(Path('y.jsonl'), {'image':'../a.png','question':'q','answer':'a'})
+    with pytest.raises(DataError, match='outside'): load_rows('y.jsonl')
+
 @pytest.mark.parametrize('suffix', ['.csv','.tsv','.parquet','.json','.jsonl'])
 def test_a_table_with_columns_of_its_own(suffix, tmp_path):
     drawn().save(tmp_path/'a.png')

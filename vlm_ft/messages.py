@@ -65,11 +65,11 @@ def inside(
     root, # folder
 )->str:
     "A path below a folder; `DataError` for one that leads out of it."
-    whole,root = os.path.normpath(os.path.join(root, path)),os.path.normpath(root)
-    if whole==root or not (whole+os.sep).startswith(root.rstrip(os.sep)+os.sep):
-        raise wrong("a picture lies outside the data's folder.", f"{path!r}, and the folder is {root!r}",
-                    f"root={os.path.commonpath([os.path.abspath(root), os.path.abspath(whole)])!r}, the folder that holds them all, or move the picture.")
-    return whole
+    there,top = os.path.abspath(os.path.join(root, path)),os.path.abspath(root)
+    if there==top or not there.startswith(top.rstrip(os.sep)+os.sep):
+        raise wrong("a picture lies outside the data's folder.", f"{path!r}, and the folder is {str(root)!r}",
+                    f"root={os.path.commonpath([top, there])!r}, the folder that holds them all, or move the picture.")
+    return os.path.normpath(os.path.join(root, path))
 
 # %% ../nbs/messages.ipynb #4c33f234
 DPI,PART = 150,re.compile(r'#(xywh|page)=(\d+(?:,\d+){3}|\d+)$')    # dots an inch of a PDF's page

@@ -105,7 +105,8 @@ def _seen(s:Source)->str:
 
 def _advice(s:Source)->str:
     "The columns that would make rows of records with names of their own."
-    if s.path and s.path.is_dir() and (inside := [p for p in s.files if p.suffix.lower() in CONTAINERS]): return f"one of its files, load_rows({str(inside[0])!r})."
+    if s.path and s.path.is_dir() and (inside := [p for p in s.files if p.suffix.lower() in CONTAINERS]):
+        return f"one of its files, load_rows({str(next((p for p in inside if 'train' in p.name), inside[0]))!r})."
     if not s.sample: return "format=… to say what it is, or the rows in a .jsonl file: {\"image\":…, \"question\":…, \"answer\":…} a line."
     texts = {k:v for k,v in s.sample[0].items() if isinstance(v, str)}
     image = next((k for k,v in s.sample[0].items() if str(v).lower().endswith(PICTURES) or isinstance(v, (bytes,dict)) or hasattr(v, 'getbands')), None)
