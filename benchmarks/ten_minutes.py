@@ -17,7 +17,7 @@ from vlm_ft.demo import BASE, figures, peak_gib, room_for_answers, shuffled, tun
 from vlm_ft.evaluation.generation import predict
 from vlm_ft.evaluation.metrics import accepted_answers, score
 from vlm_ft.merging import FastVisionModel
-from vlm_ft.messages import load_rows
+from vlm_ft.readers import load_rows
 
 TASKS = {'ocr_lines_fraktur':'ocr', 'latex_ocr':'latex', 'receipts':'extract', 'captions':'vqa'}  # the rows of a set that are asked
 

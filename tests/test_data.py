@@ -7,10 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from vlm_ft.data import DataError, as_dataset, check_rows, count_tokens, encode, image_size, load_rows, open_image, pictures_of, supervision
+from vlm_ft.data import DataError, check_rows, count_tokens, encode, image_size, open_image, pictures_of, supervision
 from vlm_ft.models.family import family_for
 from vlm_ft.models.tiny import FAMILIES, drawn, tiny, tiny_folder
+from vlm_ft.readers import load_rows
 from vlm_ft.setup import VisionDataCollator
+from vlm_ft.writers import as_dataset
 
 DATA = Path(__file__).parents[2]/'shared'/'data'
 SETS = 'receipts','ocr_lines_fraktur','latex_ocr','chart_vqa','captions','smoke'

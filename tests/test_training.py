@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from vlm_ft.data import as_dataset
+from vlm_ft.writers import as_dataset
 from vlm_ft.lora import get_peft_model
 from vlm_ft.models.family import family_for
 from vlm_ft.models.tiny import FAMILIES, drawn, tiny

@@ -9,10 +9,11 @@ __all__ = ['control_tokens', 'refuse_control', 'fold_system', 'render', 'supervi
 
 # %% ../nbs/02_data.ipynb #d468deab
 import copy, html, re, sys
+from array import array
 import torch
 from torch import Tensor
 from PIL import Image
-from .messages import (DataError, as_dataset, box_of, fit, for_rows, image_size, load_rows, open_image, split_prompt, to_messages, without_pictures, wrong)
+from .messages import (DataError, box_of, fit, for_rows, image_size, open_image, split_prompt, to_messages, without_pictures, wrong)
 from .models.family import Family, ImageTokens, family_for, nearest
 
 # %% ../nbs/02_data.ipynb #96f2f36c
@@ -242,12 +243,14 @@ def check_rows(
     decode=True,                  # open every picture; False: read only headers
 )->list[dict]:                    # a summary for `table`
     "Everything that is wrong in the rows, at once; or what they add up to."
-    family,rows,resize = as_family(family),list(rows),box_of(resize)
-    if not rows: raise DataError("there are no rows.\nFound: an empty list.\nTry: at least one row.")
-    counts = for_rows(lambda row: check_row(row, processor, family, max_seq_length, resize, decode), rows)
-    summary = [{'per row':'rows', 'sum':len(rows)}]
+    family,resize,counts = as_family(family),box_of(resize),{}
+    def count(row):
+        for what,n in check_row(row, processor, family, max_seq_length, resize, decode).items(): counts.setdefault(what, array('q')).append(n)   # a row itself is not kept
+    n = len(for_rows(count, rows))
+    if not n: raise DataError("there are no rows.\nFound: an empty list.\nTry: at least one row.")
+    summary = [{'per row':'rows', 'sum':n}]
     for what,name in dict(text='text tokens', image='image tokens', cross='cross-attention tokens', total='tokens, text and image', supervised='tokens that carry loss',
                           pictures='pictures', answers='answers').items():
-        x = sorted(c[what] for c in counts)
+        x = sorted(counts[what])
         summary.append({'per row':name, 'min':x[0], 'median':x[len(x)//2], '95 %':x[int(.95*(len(x)-1))], 'max':x[-1], 'sum':sum(x)})
     return summary

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 import torch, vlm_ft
-from .messages import load_rows, open_image, to_messages
+from .messages import open_image, to_messages
+from .readers import load_rows
 from .evaluation.generation import predict
 from .evaluation.metrics import accepted_answers, score
 from .evaluation.report import examples_from, report_page, report_picture

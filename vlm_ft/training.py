@@ -25,7 +25,8 @@ from transformers.trainer_utils import align_special_tokens
 from .checkpoint import check_apart
 from .data import count_tokens
 from .loading import check_length, for_training, keep_inputs_frozen
-from .messages import DataError, load_rows
+from .messages import DataError
+from .readers import load_rows
 from .models.family import base_of, family_for, nearest, refuse_unknown, table
 from .features import FeatureCache, free_gib, looks_once, with_features
 from .kernels.lora import half_products
@@ -138,7 +139,7 @@ class EvalByGeneration:
 
 # %% ../nbs/04_training.ipynb #9bebc488
 def as_rows(
-    source, # list of rows, path of a .jsonl or .json file, dataset, {name: any of these}, or None
+    source, # list of rows, path or hub id as `load_rows` takes it, dataset, {name: any of these}, or None
 ):
     "Rows as the trainer's DataLoader reads them."
     if isinstance(source, dict): return {name: as_rows(rows) for name,rows in source.items()}
@@ -173,7 +174,7 @@ class VisionTrainer(Trainer):
     def __init__(self, model,
         args=None,               # VisionTrainingArguments; transformers' and TRL's are checked and taken too
         data_collator=None,      # None: VisionDataCollator(model, processor)
-        train_dataset=None, eval_dataset=None, # list of rows, path of a .jsonl file, dataset
+        train_dataset=None, eval_dataset=None, # list of rows, what `load_rows` gives or takes, dataset
         processing_class=None, tokenizer=None, # the processor, under either name
         formatting_func=None,    # row -> row, as each is used
         max_seq_length=None,     # tokens, images included; None: the arguments' or the model's own
