@@ -91,7 +91,6 @@ class Ledger:
         else:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps({'made_by':made_by})+'\n', encoding='utf-8')
-        self.file = self.path.open('a', encoding='utf-8')
 
     def _read(self, made_by):
         text = self.path.read_bytes().decode('utf-8', 'replace')
@@ -107,9 +106,9 @@ class Ledger:
         self.done = {l['row']:(l['answer'], l['closed']) for l in lines if l['row']<len(self.keys)}
 
     def add(self, row:int, answer:str, closed:bool):
-        "Append an answer; on the disk when this returns."
+        "Append an answer; it is in the file when this returns."
         self.done[row] = (answer, closed)
-        self.file.write(json.dumps(dict(row=row, key=self.keys[row], answer=answer, closed=closed), ensure_ascii=False)+'\n'); self.file.flush()
+        with self.path.open('a', encoding='utf-8') as f: f.write(json.dumps(dict(row=row, key=self.keys[row], answer=answer, closed=closed), ensure_ascii=False)+'\n')
 
 # %% ../../nbs/evaluation/generation.ipynb #c34fb11f
 class Answers(list):
