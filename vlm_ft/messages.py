@@ -7,11 +7,11 @@ __all__ = ['ROLES', 'PARTS', 'PICTURE', 'KEYS', 'DataError', 'wrong', 'for_rows'
            'image_size', 'box_of', 'fit', 'to_messages', 'split_prompt', 'load_rows', 'as_dataset', 'without_pictures']
 
 # %% ../nbs/messages.ipynb #ed720411
-import base64, copy, io, json, re
+import base64, copy, io, json, os, re
 from contextlib import contextmanager
 from difflib import SequenceMatcher
 from pathlib import Path
-from urllib.parse import unquote, urlparse
+from urllib.parse import unquote
 import numpy as np
 from PIL import Image, ImageOps
 from .models.family import nearest
@@ -57,29 +57,48 @@ def reference(
     src = str(src)
     if src[:5].lower()=='data:': return 'data:'+src[5:]                  # a scheme has no case
     if re.match('https?://', src, re.I): raise wrong("pictures are not fetched from the web.", src, "download it first, and give its path.")
-    if src.startswith('file:'): src = unquote(urlparse(src).path)
+    if src.startswith('file:'): src = unquote(re.sub('^file:(//[^/]*)?', '', src))
+    if root and os.path.normpath(src).split(os.sep)[0]=='..':
+        raise wrong("a picture's path leads out of the folder it starts from.", src, f"its whole path ({os.path.abspath(Path(root)/src)}), or rows beside their pictures.")
     return str(Path(root)/src) if root else src
 
 # %% ../nbs/messages.ipynb #4c33f234
 def _file(src):
     "What Pillow opens behind a reference."
-    if not isinstance(src, str) or not src.startswith('data:'): return io.BytesIO(src) if isinstance(src, bytes) else src
+    if isinstance(src, bytes): return io.BytesIO(src)
+    if not src.startswith('data:'):
+        if os.path.exists(src) and not os.path.isfile(src): raise OSError("it is no file")            # a folder; a pipe, which would be waited for
+        return src
     head,_,body = src.partition(',')
     if not head.lower().endswith(';base64'): return io.BytesIO(unquote(body).encode('latin-1'))
     return io.BytesIO(base64.b64decode(re.sub(r'\s', '', body), validate=True))   # encoders break lines at 76 characters
+
+def _named(src)->str:
+    "What a picture is called in a message."
+    return f"{len(src)} bytes" if isinstance(src, bytes) else str(src)[:100]
+
+def _too_large(src, pixels:str)->DataError:
+    return wrong("a picture is too large to be opened safely.", f"{_named(src)}: {pixels}, where {Image.MAX_IMAGE_PIXELS:,} pixels are allowed.",
+                 "a smaller copy; or, for files you trust, a larger PIL.Image.MAX_IMAGE_PIXELS.")
+
+def _decodable(im, src)->Image.Image:
+    "The picture, if its header promises one that can be decoded here."
+    if not (n := im.width*im.height): raise wrong("a picture has no pixels.", f"{_named(src)}: {im.width}x{im.height}", "replace the file, or leave the row out.")
+    if n>(Image.MAX_IMAGE_PIXELS or n): raise _too_large(src, f"{im.width}x{im.height} = {n:,} pixels")
+    if im.format=='EPS': raise wrong("a picture is a program, which would be run.", f"{_named(src)}: EPS", "save it as PNG.")
+    return im
 
 @contextmanager
 def opened(src):
     "The picture behind a reference, its header read and its pixels not yet."
     src = reference(src)
     try:
-        if isinstance(src, Image.Image): yield src
+        if isinstance(src, Image.Image): yield _decodable(src, src)
         else:
-            with Image.open(_file(src)) as im: yield im
+            with Image.open(_file(src)) as im: yield _decodable(im, src)
     except DataError: raise
-    except Exception as e:
-        name = f"{len(src)} bytes" if isinstance(src, bytes) else str(src)[:100]
-        raise wrong("a picture cannot be read.", f"{name}: {type(e).__name__}: {e}", "replace the file, or leave the row out.") from e
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e: raise _too_large(src, str(e)) from e
+    except Exception as e: raise wrong("a picture cannot be read.", f"{_named(src)}: {type(e).__name__}: {e}", "replace the file, or leave the row out.") from e
 
 # %% ../nbs/messages.ipynb #bd547cb1
 def open_image(
