@@ -36,10 +36,14 @@ class Finding:
     found:str = ''    # in the first of its rows
     rows:list = field(default_factory=list)   # (split, row number), each once
     like:dict = field(default_factory=dict)   # of these rows, the row that is compared with
+    weight:dict = field(default_factory=dict) # of these rows, how bad they are, where that can be said
 
-    def add(self, row, like=None):
+    def add(self, row, like=None, weight=None):
         if not self.rows or self.rows[-1]!=row: self.rows.append(row)
         if like is not None: self.like[row] = like
+        if weight is not None: self.weight[row] = max(weight, self.weight.get(row, 0))
+
+    def worst_first(self): self.rows.sort(key=lambda row: -self.weight.get(row, 0))
 
     def which(self, most=8)->str:
         "The first rows' numbers."
@@ -85,9 +89,9 @@ class Checkup:
         self.asked = defaultdict(list)                                         # digest of pictures and question -> (row, digest of the answer, task)
         self.budgets,self.samples,self.shown = [],{},{}                        # what would fit long rows; a row of each task; rows to show beside findings
 
-    def find(self, key, degree, what, do, row, found='', like=None):
+    def find(self, key, degree, what, do, row, found='', like=None, weight=None):
         "Note that something was found in a row."
-        self.findings.setdefault(key, Finding(degree, what, do, found)).add(row, like)
+        self.findings.setdefault(key, Finding(degree, what, do, found)).add(row, like, weight)
 
     def refuse(self, row, texts):
         "Note what training would refuse."
@@ -133,16 +137,16 @@ def _pictures_in(c:Checkup, row, looks:list):
         size,most = fit(l.print.size, c.resize),c.family.resolution(c.processor)['max_pixels']
         c.numbers[row[0]]['width'].append(l.print.size[0]); c.numbers[row[0]]['height'].append(l.print.size[1])
         if l.print.blank: c.find('blank', 'warning', "a picture shows one colour and nothing else", "look at it: a 16-bit scan may be dark, a page empty.", row)
-        if max(size)>50*min(size): c.find('sliver', 'warning', "a picture is more than 50 times as long as it is wide", "crop it: little will be left of it.", row, f'{size[0]}x{size[1]}')
+        if max(size)>50*min(size): c.find('sliver', 'warning', "a picture is more than 50 times as long as it is wide", "crop it: little will be left of it.", row, f'{size[0]}x{size[1]}', weight=max(size)/min(size))
         if most and size[0]*size[1]>most:
             c.numbers[row[0]]['percent'].append(round(100*(most/(size[0]*size[1]))**.5))
-            c.find('shrunk', 'note', f"a picture is larger than max_pixels={most:,}, and is shrunk", "raise max_pixels if small print matters.", row)
+            c.find('shrunk', 'note', f"a picture is larger than max_pixels={most:,}, and is shrunk", "raise max_pixels if small print matters.", row, weight=size[0]*size[1])
 
 def _long(c:Checkup, row, counts:dict, looks:list):
     "A row that does not fit whole, and the budget with which it would."
     sizes = [fit(l.print.size, c.resize) for l in looks]
     c.budgets.append((counts['total'], smaller_budget(sizes, c.max_seq_length-counts['text'], c.processor, c.family)))
-    c.find('long', 'error', "the row is longer than max_seq_length, and rows are never cut", '', row)
+    c.find('long', 'error', "the row is longer than max_seq_length, and rows are never cut", '', row, weight=counts['total'])
 
 def _remember(c:Checkup, row, task, asked, answers, looks):
     "Keep what tells a row from others."
@@ -160,6 +164,7 @@ def _together(c:Checkup):
     leaked = set(c.findings['leaked'].rows) if 'leaked' in c.findings else set()
     for uses in c.seen_in: _shared(c, uses, leaked)
     for a,b in near_pairs(c.prints): _near(c, c.seen_in[a], c.seen_in[b], leaked)
+    for f in c.findings.values(): f.worst_first()
     for (split,task),said in c.answers.items(): _balance(c, split, task, said)
     for split,numbers in c.numbers.items(): _outliers(c, split, numbers['supervised'])
     if long := c.findings.get('long'):
@@ -300,14 +305,19 @@ def iter_once(source)->bool:
     "Whether going through it would use it up."
     return hasattr(source, '__next__')
 
+def _total(source)->int:
+    "How many rows there are; 0 where that is not known beforehand."
+    if not isinstance(source, (str,Path)): return len(source) if hasattr(source, '__len__') else 0
+    return sum(1 for _ in _lines(Path(source)))
+
 def _split_in(c, split, source, limit, workers, progress):
     "All rows of a split, in order."
     known = {}                                                                  # a file's look: rows often share a picture
     def looks(item):
         if isinstance(item[1], DataError): return []
         return [known.setdefault(src, look(src)) if isinstance(src, str) and src not in known else known.get(src) if isinstance(src, str) else look(src) for src in pictures_of(item[1]['messages'])]
-    total = min(n for n in (len(source) if hasattr(source, '__len__') and not isinstance(source, str) else None, limit, sys.maxsize) if n is not None)
-    tick = Countdown(total, f'{split} rows', inplace=sys.stdout.isatty()) if progress and total<sys.maxsize else lambda done: None
+    total = _total(source)
+    tick = Countdown(min(total, limit or total), f'{split} rows', inplace=sys.stdout.isatty()) if progress and total else lambda done: None
     for (i,normal),seen in ahead(looks, islice(rows_of(source), limit), workers):
         _row_in(c, (split,i), normal, seen)
         tick(i+1)

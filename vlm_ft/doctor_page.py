@@ -44,7 +44,7 @@ def numbers_html(c:Checkup)->str:
         series = {split:n[what] for split,n in c.numbers.items() if len(n[what])}
         if series and len({v for x in series.values() for v in x})>1: plots.append(histogram(series, name, c.max_seq_length if what=='total' else None))
     key = '<p class="soft">'+' '.join(f'<span class="key s{k}"></span> {split}' for k,split in enumerate(c.n_rows))+'</p>' if len(c.n_rows)>1 else ''
-    return f'<h2>In numbers</h2>{key}<div class="plots">{"".join(plots)}</div>{table_html(c.summary())}'
+    return f'<h2>In numbers</h2>{key}<div class="plots">{"".join(plots)}</div><details><summary>The same as a table</summary>{table_html(c.summary())}</details>'
 
 def table_html(lines:list)->str:
     "A list of dicts as an HTML table."

@@ -98,7 +98,9 @@ def opened(src):
             with Image.open(_file(src)) as im: yield _decodable(im, src)
     except DataError: raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e: raise _too_large(src, str(e)) from e
-    except Exception as e: raise wrong("a picture cannot be read.", f"{_named(src)}: {type(e).__name__}: {e}", "replace the file, or leave the row out.") from e
+    except Exception as e:
+        said = re.sub(' ?<_io.BytesIO[^>]*>', '', str(e))
+        raise wrong("a picture cannot be read.", f"{_named(src)}: {type(e).__name__}: {said}", "replace the file, or leave the row out.") from e
 
 # %% ../nbs/messages.ipynb #bd547cb1
 def open_image(
