@@ -6,7 +6,7 @@
 __all__ = ['DEGREES', 'NUMBERS', 'Finding', 'ahead', 'Checkup', 'reader_of', 'check_data', 'rows_of', 'iter_once']
 
 # %% ../nbs/doctor.ipynb #f4adbf2e
-import copy, hashlib, json, os, re, sys, time
+import copy, hashlib, os, re, sys, time
 from array import array
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +20,7 @@ from .duplicates import near_pairs
 from .evaluation.generation import Countdown
 from .evaluation.report import visible
 from .loading import check_pixels, load_processor, plan
-from .messages import DataError, box_of, fit, _lines, _listed, to_messages, wrong
+from .messages import DataError, box_of, fit, _lines, _listed, _read, to_messages
 from .models.family import base_of, table
 from .symptoms import KINDS, TEXTS, hearing, look, plain, text_faults
 
@@ -181,7 +181,7 @@ def _repeated(c, group:list):
         (train if row[0]=='train' else test).setdefault(answer, row)
         if (row[0],answer) in first: c.find('repeated', 'warning', "a row is there twice", "keep one of them.", row, like=first[row[0],answer])
         first.setdefault((row[0],answer), row)
-    for row,answer,task in group:
+    for row,answer,_ in group:
         if row[0]=='train' and answer in test: c.find('leaked', 'warning', "a row is in train and in test", "take it out of train, or the test measures memory.", row, like=test[answer])
     answers = list(dict.fromkeys(answer for _,answer,_ in group))
     for row,answer,task in group:
@@ -295,11 +295,9 @@ def check_data(
 def rows_of(source)->iter:
     "(row number, row or its `DataError`), one at a time."
     path = Path(source) if isinstance(source, (str,Path)) else None
-    def read(line):
-        try: return to_messages(json.loads(line[1]) if path.suffix=='.jsonl' else line[1], path.parent) if path else to_messages(line)
-        except json.JSONDecodeError as e: return wrong(f"line {line[0]} of {path.name} is not JSON ({e.msg}).", line[1], "one JSON object a line.")
-        except DataError as e: return e
-    for i,line in enumerate(_lines(path) if path else _listed(source)): yield i,read(line)
+    for i,row in enumerate(_lines(path) if path else _listed(source)):
+        try: yield i, _read(row, path) if path else to_messages(row)
+        except DataError as e: yield i, e
 
 def iter_once(source)->bool:
     "Whether going through it would use it up."

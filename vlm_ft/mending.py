@@ -70,9 +70,10 @@ def mend(
     part = out.with_name(f'.{out.name}.{os.getpid()}.part')
     try:
         (part/'images').mkdir(parents=True)
-        save,gone,n,changes = _Pictures(part/'images'),left_out(c),Counter(),[]
+        save,gone,n,changes = _Pictures(part/'images'),left_out(c),{},[]
         for split,source in dict(train=rows, test=test).items():
             if source is None: continue
+            n[split] = 0
             with open(part/f'{split}.jsonl', 'w', encoding='utf-8') as f:
                 i = -1
                 for i,row in islice(rows_of(source), c.n_rows[split]):
@@ -84,7 +85,7 @@ def mend(
         (part/'changes.jsonl').write_text(''.join(json.dumps(x, ensure_ascii=False)+'\n' for x in changes), encoding='utf-8')
         os.replace(part, out)
     finally: shutil.rmtree(part, ignore_errors=True)
-    return dict(n)
+    return n
 
 def _copied(row:dict, save)->dict:
     "A row whose pictures are files of the copy."

@@ -229,6 +229,7 @@ def to_messages(
     row = {'messages':row} if isinstance(row, list) else row
     if not isinstance(row, dict): raise wrong("a row is not a dict.", row, "{'messages':…} or {'image','question','answer'}.")
     if bad := _misspelt(row): raise wrong("a row has keys that would be ignored, and look like known ones.", ', '.join(bad), "that name, or one that is not so near.")
+    if row.get('task') is not None: _text(row['task'], "a task")
     extra = {k:v for k,v in dict(task=row.get('task'), answers=_answers(row)).items() if v}
     pictures = next((row[k] for k in ('images','image') if row.get(k) is not None), [])
     pictures = [reference(p, root) for p in (pictures if isinstance(pictures, list) else [pictures])]
@@ -259,11 +260,15 @@ def load_rows(
     "Rows in the form of `to_messages`; what is wrong in them is raised at once, by row number."
     if not isinstance(source, (str, Path)): return for_rows(to_messages, _listed(source))
     path = Path(source)
-    def read(line):
-        n,row = line
-        try: return to_messages(json.loads(row) if path.suffix=='.jsonl' else row, path.parent)
-        except json.JSONDecodeError as e: raise wrong(f"line {n} of {path.name} is not JSON ({e.msg}).", row, "one JSON object a line.") from e
-    return for_rows(read, _lines(path))
+    return for_rows(lambda line: _read(line, path), _lines(path))
+
+def _read(line:tuple, path:Path)->dict:
+    "A numbered line of a file as a row."
+    n,row = line
+    try: row = json.loads(row) if path.suffix=='.jsonl' else row
+    except (ValueError, RecursionError) as e:                              # Python refuses a number of 5,000 digits, and ten thousand brackets
+        raise wrong(f"line {n} of {path.name} is not JSON ({getattr(e, 'msg', e)}).", row, "one JSON object a line.") from e
+    return to_messages(row, path.parent)
 
 def _lines(path:Path)->list:
     "The rows of a file, numbered from 1 as an editor does."
