@@ -16,6 +16,8 @@ _home = {
     'DataError':               'messages',
     'load_rows':               'messages',
     'check_rows':              'data',
+    'check_data':              'doctor_page',  # which gives a checkup its page
+    'mend':                    'mending',
     'show_supervised':         'data',
     'count_tokens':            'data',
     'as_dataset':              'messages',

@@ -129,7 +129,7 @@ def _may_be_turned(im)->bool:
     "False for a PNG file that holds no note of an orientation."
     if im.format!='PNG' or not im.fp: return True
     at = im.fp.tell()
-    im.fp.seek(0); found = re.search(b'eXIf|exif|xmp', im.fp.read()); im.fp.seek(at)
+    im.fp.seek(0); found = re.search(b'eXIf|type exif|adobe.xmp', im.fp.read()); im.fp.seek(at)
     return bool(found)
 
 def box_of(
