@@ -20,7 +20,7 @@ logging.set_verbosity_error()                                                   
 
 N = int(os.environ.get('VLM_FT_FUZZ', 0))
 fuzzed = settings(max_examples=N or 300, derandomize=not N, deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=False)
-SLOWEST_S,MIB = 5,1200                                                              # of one input, and of this process, above what it held before
+SLOWEST_S,MIB = 5,1600                                                              # of one input, and of this process, above what it held before
 seen,slowest = Counter(),Counter()
 
 @pytest.fixture(autouse=True, scope='module')

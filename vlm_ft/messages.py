@@ -114,7 +114,7 @@ def open_image(
         if im.mode in ('RGBA','LA','PA','RGBa','La') or 'transparency' in im.info:
             im = im.convert('RGBA')
             im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
-        return im.convert('RGB')
+        return im if im.mode=='RGB' else im.convert('RGB')      # a copy already: `exif_transpose` makes one
 
 # %% ../nbs/messages.ipynb #96aa3be7
 def image_size(
