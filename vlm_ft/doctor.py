@@ -168,10 +168,11 @@ def _together(c:Checkup):
     for (split,task),said in c.answers.items(): _balance(c, split, task, said)
     for split,numbers in c.numbers.items(): _outliers(c, split, numbers['supervised'])
     if long := c.findings.get('long'):
-        most,fits = max(n for n,_ in c.budgets),[b for _,b in c.budgets]
+        most,fits = max(n for n,_ in c.budgets),[b for _,b in c.budgets if b]
         long.found = f"up to {most:,} tokens with max_seq_length={c.max_seq_length:,}"
-        long.do = f"max_seq_length={most}" + (f", or max_pixels={min(fits)}, with which all of them fit." if None not in fits else
-                   f", which holds all of them; {fits.count(None):,} are too long by their text alone.")
+        text = len(long.rows)-len(fits)                                      # too long with the smallest pictures
+        long.do = f"max_seq_length={most}, which holds all of them" + (f"; or max_pixels={min(fits)}, with which {'all' if not text else f'{len(fits):,}'} of them fit" if fits else '') + (
+                   f"; {text:,} {'is' if text==1 else 'are'} too long by {'its' if text==1 else 'their'} text alone." if text else '.')
     if shrunk := c.findings.get('shrunk'): shrunk.found = f"to {min(min(n['percent'], default=100) for n in c.numbers.values())} % of its width at worst"
 
 def _repeated(c, group:list):
