@@ -18,6 +18,8 @@ _home = {
     'split_rows':              'splits',
     'to_openai':               'writers',
     'check_rows':              'data',
+    'check_data':              'doctor_page',  # which gives a checkup its page
+    'mend':                    'mending',
     'show_supervised':         'data',
     'count_tokens':            'data',
     'as_dataset':              'writers',

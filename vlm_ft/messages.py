@@ -11,7 +11,7 @@ import base64, functools, io, os, re
 from contextlib import contextmanager
 from difflib import SequenceMatcher
 from pathlib import Path
-from urllib.parse import unquote, urlparse
+from urllib.parse import unquote
 import numpy as np
 from PIL import Image, ImageOps
 from .models.family import nearest
@@ -57,7 +57,7 @@ def reference(
     src = str(src)
     if src[:5].lower()=='data:': return 'data:'+src[5:]                  # a scheme has no case
     if re.match('https?://', src, re.I): raise wrong("pictures are not fetched from the web.", src, "download it first, and give its path; or load_rows(…, fetch=True).")
-    if src.startswith('file:'): src = unquote(urlparse(src).path)
+    if src.startswith('file:'): src = unquote(re.sub('^file:(//[^/]*)?', '', src))
     return inside(src, root) if root else src
 
 def inside(
@@ -77,7 +77,7 @@ DPI,PART = 150,re.compile(r'#(xywh|page)=(\d+(?:,\d+){3}|\d+)$')    # dots an in
 @functools.lru_cache(1)
 def _whole(path:str, changed:int)->Image.Image:
     "A page, decoded; the last one is kept, since its lines follow each other."
-    with Image.open(path) as im: return ImageOps.exif_transpose(im)      # upright, as it was looked at when the boxes were drawn
+    with Image.open(path) as im: return ImageOps.exif_transpose(_decodable(im, path))      # upright, as it was looked at when the boxes were drawn
 
 def _box(path:str, x:int, y:int, w:int, h:int)->tuple:
     "A box as Pillow takes it; `DataError` unless it lies in the picture."
@@ -104,24 +104,43 @@ def part(src)->tuple|None: # (path, 'xywh' or 'page', numbers …)
 # %% ../nbs/messages.ipynb #1e0207d7
 def _file(src):
     "What Pillow opens behind a reference."
-    if not isinstance(src, str) or not src.startswith('data:'): return io.BytesIO(src) if isinstance(src, bytes) else src
+    if isinstance(src, bytes): return io.BytesIO(src)
+    if not src.startswith('data:'):
+        if os.path.exists(src) and not os.path.isfile(src): raise OSError("it is no file")            # a folder; a pipe, which would be waited for
+        return src
     head,_,body = src.partition(',')
     if not head.lower().endswith(';base64'): return io.BytesIO(unquote(body).encode('latin-1'))
     return io.BytesIO(base64.b64decode(re.sub(r'\s', '', body), validate=True))   # encoders break lines at 76 characters
+
+def _named(src)->str:
+    "What a picture is called in a message."
+    return f"{len(src)} bytes" if isinstance(src, bytes) else str(src)[:100]
+
+def _too_large(src, pixels:str)->DataError:
+    return wrong("a picture is too large to be opened safely.", f"{_named(src)}: {pixels}, where {Image.MAX_IMAGE_PIXELS:,} pixels are allowed.",
+                 "a smaller copy; or, for files you trust, a larger PIL.Image.MAX_IMAGE_PIXELS.")
+
+def _decodable(im, src)->Image.Image:
+    "The picture, if its header promises one that can be decoded here."
+    if not (n := im.width*im.height): raise wrong("a picture has no pixels.", f"{_named(src)}: {im.width}x{im.height}", "replace the file, or leave the row out.")
+    if n>(Image.MAX_IMAGE_PIXELS or n): raise _too_large(src, f"{im.width}x{im.height} = {n:,} pixels")
+    if im.format=='EPS': raise wrong("a picture is a program, which would be run.", f"{_named(src)}: EPS", "save it as PNG.")
+    return im
 
 @contextmanager
 def opened(src):
     "The picture behind a reference, its header read and its pixels not yet."
     src = reference(src)
     try:
-        if isinstance(src, Image.Image): yield src
-        elif at := part(src): yield _part_of(*at)
+        if isinstance(src, Image.Image): yield _decodable(src, src)
+        elif at := part(src): yield _decodable(_part_of(*at), src)
         else:
-            with Image.open(_file(src)) as im: yield im
+            with Image.open(_file(src)) as im: yield _decodable(im, src)
     except DataError: raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e: raise _too_large(src, str(e)) from e
     except Exception as e:
-        name = f"{len(src)} bytes" if isinstance(src, bytes) else str(src)[:100]
-        raise wrong("a picture cannot be read.", f"{name}: {type(e).__name__}: {e}", "replace the file, or leave the row out.") from e
+        said = re.sub(' ?<_io.BytesIO[^>]*>', '', str(e))
+        raise wrong("a picture cannot be read.", f"{_named(src)}: {type(e).__name__}: {said}", "replace the file, or leave the row out.") from e
 
 # %% ../nbs/messages.ipynb #bd547cb1
 def open_image(
@@ -135,7 +154,7 @@ def open_image(
         if im.mode in ('RGBA','LA','PA','RGBa','La') or 'transparency' in im.info:
             im = im.convert('RGBA')
             im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
-        return im.convert('RGB')
+        return im if im.mode=='RGB' else im.convert('RGB')      # a copy already: `exif_transpose` makes one
 
 # %% ../nbs/messages.ipynb #96aa3be7
 def image_size(
@@ -152,7 +171,7 @@ def _may_be_turned(im)->bool:
     "False for a PNG file that holds no note of an orientation."
     if im.format!='PNG' or not im.fp: return True
     at = im.fp.tell()
-    im.fp.seek(0); found = re.search(b'eXIf|exif|xmp', im.fp.read()); im.fp.seek(at)
+    im.fp.seek(0); found = re.search(b'eXIf|type exif|adobe.xmp', im.fp.read()); im.fp.seek(at)
     return bool(found)
 
 def box_of(
@@ -261,6 +280,7 @@ def to_messages(
     row = {'messages':row} if isinstance(row, list) else row
     if not isinstance(row, dict): raise wrong("a row is not a dict.", row, "{'messages':…} or {'image','question','answer'}.")
     if bad := _misspelt(row): raise wrong("a row has keys that would be ignored, and look like known ones.", ', '.join(bad), "that name, or one that is not so near.")
+    if row.get('task') is not None: _text(row['task'], "a task")
     extra = {k:v for k,v in dict(task=row.get('task'), answers=_answers(row)).items() if v} | _group(row)
     pictures = next((row[k] for k in ('images','image') if row.get(k) is not None), [])
     pictures = [reference(p, root) for p in (pictures if isinstance(pictures, list) else [pictures])]

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'LISTS', 'parsed_columns', 'refuse_columns', 'Reader', 'recognised', 'split_name', 'hub_id', 'one_split',
-           'from_hub', 'from_disk', 'refuse_no_rows', 'Streamed', 'streamed', 'load_rows', 'said', 'formats_table']
+           'from_hub', 'from_disk', 'refuse_no_rows', 'Streamed', 'streamed', 'open_rows', 'load_rows', 'said',
+           'formats_table']
 
 # %% ../nbs/readers.ipynb #cb578a98
 import json, re
@@ -179,14 +180,14 @@ def streamed(stream, format, columns, root):
     return stream.map(Streamed(reader), with_indices=True, remove_columns=list(dict.fromkeys(k for rec in first for k in rec)))
 
 # %% ../nbs/readers.ipynb #c17d2879
-def load_rows(
+def open_rows(
     source,       # path of a file or folder, 'owner/name:split' of the hub, list of rows, or Hugging Face dataset
     format=None,  # a name in FORMATS; None: recognised
     columns=None, # 'image=scan, answer=text, question="Read the text."', or a dict
     root=None,    # folder that pictures' paths start from and do not leave; None: the file's own
     fetch=False,  # fetch pictures with a web address, once, into the folder `fetched` beside the file
-):                # Rows for what lies in files, a list for a list
-    "Rows in the form of `to_messages`; what is wrong in them is raised at once, by row number."
+)->Rows:
+    "Rows in the form of `to_messages`, each read when it is used; what is wrong in one is raised then."
     columns,path,split = parsed_columns(columns),None,None
     if isinstance(source, (str, Path)):
         name,split = split_name(str(source))
@@ -206,7 +207,15 @@ def load_rows(
     rows = Rows(records, reader, name)
     if fetch: reader.failed = fetch_all(_addresses(rows, reader), reader.web)
     if path or form.name not in ('rows','openai'): print(said(rows, form, s))
-    if isinstance(given, list): return for_rows(reader, records)
+    return rows
+
+def load_rows(
+    source, format=None, columns=None, root=None, fetch=False, # as for `open_rows`
+):                # Rows for what lies in files, a list for a list
+    "Rows in the form of `to_messages`; what is wrong in them is raised at once, by row number."
+    rows = open_rows(source, format, columns, root, fetch)
+    if not isinstance(rows, Rows): return rows                        # a stream: each row is checked when it comes
+    if not isinstance(source, (str, Path, Rows)) and not _is(source, 'Dataset'): return for_rows(rows.row, rows.records)
     rows.check()
     return rows
 

@@ -63,8 +63,8 @@ class JsonLines(Places):
     def __getitem__(self, i):
         text = self.text(i)
         try: return json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as e:
-            raise wrong(f"line {self.places[i][2]} of {self.path.name} is not JSON ({getattr(e, 'msg', 'nested too deep')}).", text, "one JSON object a line.") from e
+        except (ValueError, RecursionError) as e:                          # Python refuses a number of 5,000 digits, and ten thousand brackets
+            raise wrong(f"line {self.places[i][2]} of {self.path.name} is not JSON ({getattr(e, 'msg', e if isinstance(e, ValueError) else 'nested too deep')}).", text, "one JSON object a line.") from e
 
 # %% ../nbs/rows.ipynb #2cec65df
 class Table(Places):
