@@ -18,7 +18,7 @@ from vlm_ft.demo import BASE
 from vlm_ft.evaluation.decoding import Writer, at_work, to_device
 from vlm_ft.evaluation.generation import stop_ids
 from vlm_ft.merging import FastVisionModel
-from vlm_ft.messages import load_rows
+from vlm_ft.readers import load_rows
 from vlm_ft.models.family import base_of, family_for, table
 from vlm_ft.models.tiny import drawn, tiny_processor
 from vlm_ft.setup import pad_batch

@@ -9,7 +9,7 @@ from vlm_ft.evaluation.decoding import Slots, Writer
 from vlm_ft.evaluation.generation import predict, stop_ids
 from vlm_ft.evaluation.metrics import score
 from vlm_ft.loading import FastVisionModel
-from vlm_ft.messages import load_rows
+from vlm_ft.readers import load_rows
 from vlm_ft.models.family import family_for
 from vlm_ft.models.tiny import drawn
 from vlm_ft.setup import pad_batch
