@@ -29,7 +29,7 @@ _home = {
     'wer':                     'evaluation.metrics',
     'accuracy':                'evaluation.metrics',
     'score':                   'evaluation.metrics',
-    'report_page':             'evaluation.report',
+    'compare':                 'evaluation.compare',
     'compare_precisions':      'evaluation.precision',
     'UnsupportedModel':        'models.family',
     'family_for':              'models.family',
