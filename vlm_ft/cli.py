@@ -116,7 +116,7 @@ def evaluate(a):
     if a.names and (len(a.names)!=len(a.models) or len(set(a.names))<len(a.names)): raise ValueError(
         f"--names names each model once.\nFound: {len(a.models)} models and {', '.join(a.names)}.")
     models = dict(zip(a.names, a.models)) if a.names else named(a.models)
-    groups = {None:'picture', 'none':None}.get(a.groups, a.groups)
+    groups = range(len(load_rows(a.data))) if a.groups=='row' else a.groups
     compared = compare(models, a.data, groups=groups, limit=a.limit, batch_size=a.batch, max_new_tokens=a.max_new_tokens, title=f'{", ".join(models)} on {Path(a.data).name}', **load_settings(a))
     print(compared)
     for path in a.report or (): print(compared.save(path))
@@ -125,7 +125,7 @@ def evaluate_options(p):
     p.add_argument('models', nargs='+', help='folders or hub ids of models or adapters, or .jsonl files of answers; the others are compared with the first')
     p.add_argument('--data', required=True, help='rows with answers: a .jsonl file'); p.add_argument('--names', nargs='+', help='what the models are called; the default is their folders')
     p.add_argument('--limit', type=int, help='only the first rows'); p.add_argument('--batch', type=int, default=8, help='rows a pass'); p.add_argument('--max-new-tokens', type=int, default=256)
-    p.add_argument('--groups', help="rows that are not independent: those of one picture, unless this names a field of the rows, or is 'none'")
+    p.add_argument('--groups', help="rows that are not independent: those of one picture, unless this names a field of the rows, or says 'row'")
     p.add_argument('--report', action='append', help='a file to write: .html shows each row, .md the table, .png both; may be given again'); p.add_argument('--bits', type=int, nargs='+', choices=(16,8,4), help='compare these precisions of one model')
     model_options(p)
 

@@ -10,9 +10,10 @@ __all__ = ['LIGHT', 'DARK', 'STYLE', 'SHAPES', 'NAMES', 'TITLES', 'KINDS', 'SCRI
 # %% ../../nbs/evaluation/page.ipynb #3606da7a
 import base64,hashlib
 from html import escape
+from ..data import pictures_of
 from ..messages import DataError
-from .metrics import LOWER_IS_BETTER,cer,metric_for
-from .report import data_uri,marks,shown_pictures,thumbnail,visible
+from .metrics import LOWER_IS_BETTER,metric_for
+from .report import data_uri,marks,thumbnail,visible
 
 # %% ../../nbs/evaluation/page.ipynb #50fdccdf
 LIGHT = dict(bg='#ffffff', fg='#1c1e21', soft='#565c65', line='#d5d9df', card='#f6f7f9', ins='#8a2300', insbg='#ffe3d8', **{'del':'#0b4a8c'}, delbg='#dbebff',
@@ -123,7 +124,8 @@ def plot(
     return f'<svg height="{high}" aria-hidden="true">{lines}{"".join(one(j, k, *m) for j,(k,m) in enumerate(marks))}{ends}</svg>'
 
 # %% ../../nbs/evaluation/page.ipynb #999788e9
-NAMES = dict(cer='CER', wer='WER', anls='ANLS', exact='exact match', fields='JSON fields')
+NAMES = dict(cer='CER', wer='WER', anls='ANLS', exact='exact match', fields='JSON fields', f1='F1 of fields', precision='precision of fields', tree='tree edit accuracy', tokens='token exact match',
+             similarity='edit similarity', vqa='VQA accuracy', relaxed='relaxed accuracy', bleu='BLEU', chrf='chrF', cider='CIDEr')
 TITLES = dict(better='▲', worse='▼', noise='≈', same='=', unknown='?')
 KINDS = dict(better='good', worse='bad')
 
@@ -207,7 +209,7 @@ class Thumbnails:
 
     def of(self, c, i:int)->list:
         "(tag, whether it is a strip) of each picture of row `i`."
-        return [self._tag(p, i, k) for k,p in enumerate(shown_pictures(c.rows[i]), 1)]
+        return [self._tag(p, i, k) for k,p in enumerate(pictures_of(c.rows[i]['messages']), 1)]
 
     def _tag(self, picture, i, k):
         key = picture if isinstance(picture, (str,bytes)) else id(picture)
