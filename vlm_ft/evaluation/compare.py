@@ -155,7 +155,9 @@ def notes(self:Comparison)->list[str]:
     "What has to be known to read the numbers."
     n,k = len(self.rows),len(set(self.groups))
     empty = {name:sum(not t.strip() for t in texts) for name,texts in self.predictions.items()}
-    over = 'rows' if k==n else 'groups of rows of one picture' if len(set(zip(self.groups, map(str, groups_of(self.rows)))))==k==len(set(groups_of(self.rows))) else 'groups of rows'
+    pictures = groups_of(self.rows)
+    same = len(set(zip(self.groups, pictures)))==len(set(pictures))==k                # the groups are those of the pictures
+    over = 'rows' if k==n else 'groups of rows of one picture' if same else 'groups of rows'
     return [f"In brackets: 95 % interval over {k:,} {over}" + (f" ({n:,} rows)" if k<n else '') + ". ↓ lower is better, ↑ higher is better.",
             *([f"Of {m} verdicts one in twenty would say better or worse by chance, were there no difference."] if (m := sum(len(l['changes']) for l in self.lines))>4 else []),
             *(f"{name} wrote nothing in {e:,} of {n:,} rows; they count as wrong." for name,e in empty.items() if e)]

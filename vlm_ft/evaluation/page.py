@@ -49,7 +49,8 @@ STYLE = f"""
 .vlm-report .good { color:var(--good) } .vlm-report .bad { color:var(--bad) }
 .vlm-report svg { display:block; width:100%; overflow:visible }
 .vlm-report table { border-collapse:collapse; font-size:.95rem; font-variant-numeric:tabular-nums; color:inherit; width:100%; margin:.3rem 0 }
-.vlm-report th, .vlm-report td { text-align:left; padding:.28rem .9rem .28rem 0; vertical-align:middle; background:none; font-weight:400; border:0 }
+.vlm-report tr { background:none !important }
+.vlm-report th, .vlm-report td { text-align:left !important; padding:.28rem .9rem .28rem 0; vertical-align:middle; background:none; font-weight:400; border:0 }
 .vlm-report tbody th[scope=rowgroup] { padding-top:.9rem; border-bottom:1px solid var(--line); font-weight:600 }
 .vlm-report thead th { color:var(--soft); font-size:.82rem }
 .vlm-report td.plot { width:38%; padding-left:.6rem; padding-right:1.6rem }
@@ -60,7 +61,7 @@ STYLE = f"""
 .vlm-report .key svg { width:.9em; height:.9em }
 .vlm-report .parts { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,25rem),1fr)); gap:.6rem 2.4rem }
 .vlm-report .parts h3 { margin-top:.8rem }
-.vlm-report .heat { width:auto } .vlm-report .heat td.n { padding:.2rem .7rem; text-align:right } .vlm-report .heat kbd { font-size:1rem; border:0; background:none; padding:0; color:inherit }
+.vlm-report .heat { width:auto } .vlm-report .heat td.n { padding:.2rem .7rem; text-align:right !important } .vlm-report .heat kbd { font-size:1rem; border:0; background:none; padding:0; color:inherit }
 .vlm-report .hot { background:linear-gradient(90deg,var(--heat) var(--share),transparent var(--share)) }
 .vlm-report .tools { position:sticky; top:0; z-index:2; background:var(--bg); border-bottom:1px solid var(--line); padding:.5rem 0; margin-bottom:.8rem; display:flex; flex-wrap:wrap; gap:.5rem .9rem; align-items:end }
 .vlm-report .tools[hidden] { display:none }
@@ -68,8 +69,9 @@ STYLE = f"""
 .vlm-report select, .vlm-report input { font:inherit; font-size:.95rem; color:var(--fg); background:var(--card); border:1px solid var(--soft); border-radius:5px; padding:.3rem .45rem; max-width:100%; min-height:2.2rem }
 .vlm-report ::placeholder { color:var(--soft); opacity:1 }
 .vlm-report output { font-size:.88rem; color:var(--soft); padding-bottom:.35rem }
-.vlm-report article { background:var(--card); border:1px solid var(--line); border-radius:8px; padding:.8rem 1rem; margin:0 0 .8rem; display:grid; gap:.6rem 1.2rem; scroll-margin-top:5.5rem;
-  content-visibility:auto; contain-intrinsic-size:auto 22rem }
+.vlm-report article { background:var(--card); border:1px solid var(--line); border-radius:8px; padding:.8rem 1rem; margin:0 0 .8rem; display:grid; gap:.6rem 1.2rem; scroll-margin-top:5.5rem
+  }
+.vlm-report #rows > article { content-visibility:auto; contain-intrinsic-size:auto 22rem }
 .vlm-report article[hidden] { display:none }
 .vlm-report article.beside { grid-template-columns:minmax(0,17rem) minmax(0,1fr) }
 .vlm-report article > header { grid-column:1/-1; display:flex; flex-wrap:wrap; gap:.2rem .8rem; justify-content:space-between; align-items:baseline }
@@ -89,7 +91,7 @@ STYLE = f"""
   .vlm-report .scores td.plot, .vlm-report .scores td.verdict, .vlm-report .scores th[scope=rowgroup] { grid-column:1/-1; width:auto } .vlm-report .scores td.plot { padding:.15rem .6rem }
   .vlm-report .scores td.verdict:empty { display:none } .vlm-report .tools label { flex:1 1 9rem } .vlm-report .tools select, .vlm-report .tools input { width:100% } .vlm-report .keys { display:none } 
   .vlm-report .tools { position:static } .vlm-report article { scroll-margin-top:.5rem } }
-@media print { .vlm-report .tools { display:none } .vlm-report article { break-inside:avoid; content-visibility:visible } .vlm-report .text { max-height:none } }
+@media print { .vlm-report .tools { display:none } .vlm-report #rows > article { break-inside:avoid; content-visibility:visible } .vlm-report .text { max-height:none } }
 """
 
 # %% ../../nbs/evaluation/page.ipynb #044df714
@@ -205,7 +207,10 @@ def did(c, name:str, i:int)->str:
 # %% ../../nbs/evaluation/page.ipynb #c8102996
 class Thumbnails:
     "`<img>` tags of rows' pictures, up to a number of bytes in all."
-    def __init__(self, room:int): self.room,self.known,self.left_out,self.lost = room,{},0,[]
+    def __init__(self,
+        room:int,       # bytes
+        once:bool=True, # a picture stands in the first row that shows it; the others have a link to it, which the page's script makes a picture
+    ): self.room,self.once,self.known,self.place,self.left_out,self.lost = room,once,{},{},0,[]
 
     def of(self, c, i:int)->list:
         "(tag, whether it is a strip) of each picture of row `i`."
@@ -219,11 +224,13 @@ class Thumbnails:
             self.lost += [i]*(i not in self.lost)
             return f'<p class="lost">This picture cannot be read any more. {escape(visible(next((l for l in str(e).splitlines() if l.startswith("Found")), str(e))))}</p>',False
         uri,(w,h) = self.known[key]
+        if key in self.place: return f'<a class="same" href="#picture-{self.place[key]}" data-alt="Picture {k} of row {i}">The picture of row {self.place[key].split("-")[0]}</a>',w>2.2*h
         if len(uri)>self.room:
             self.left_out += 1
             return '<p class="lost">This picture is left out: the page has reached its size.</p>',False
         self.room -= len(uri)
-        return f'<img src="{uri}" width="{w}" height="{h}" loading="lazy" decoding="async" tabindex="0" alt="Picture {k} of row {i}">',w>2.2*h
+        if self.once: self.place[key] = f'{i}-{k}'
+        return f'<img id="picture-{i}-{k}" src="{uri}" width="{w}" height="{h}" loading="lazy" decoding="async" tabindex="0" alt="Picture {k} of row {i}">',w>2.2*h
 
 def row_html(
     c,
@@ -271,6 +278,7 @@ document.addEventListener('keydown',e=>{
   else if(e.key==='/'){e.preventDefault();search.focus()}
 });
 const h=new URLSearchParams(location.hash.slice(1)), set=(e,k)=>{if(e&&[...(e.options||[])].some(o=>o.value===h.get(k))) e.value=h.get(k)};
+for(const a of document.querySelectorAll('a.same')){const i=document.querySelector(a.hash).cloneNode(); i.alt=a.dataset.alt; i.removeAttribute('id'); a.replaceWith(i)}
 set(order,'order'); set(task,'task'); set(became,'became'); search.value=h.get('q')||'';
 tools.hidden=false; show(true);
 """
@@ -319,6 +327,6 @@ def cell_html(
     rows:int=6,    # how many are shown, those that changed most
 )->str:
     "A comparison as a notebook's output: numbers and the rows that changed most, without a script."
-    keep,thumbs = c.telling()[:rows],Thumbnails(2**20)
+    keep,thumbs = c.telling()[:rows],Thumbnails(2**20, once=False)
     more = f'<p class="soft">The {len(keep)} rows of {len(c.rows):,} that changed most; <code>save(\'report.html\')</code> writes all of them, to sort and to search.</p>' if len(keep)<len(c.rows) else ''
     return f'<style>{STYLE}</style><div class="vlm-report">{scores_html(c)}<h2>Rows</h2>{MARKED}{more}{"".join(row_html(c, i, thumbs.of(c, i)) for i in keep)}</div>'

@@ -52,11 +52,9 @@ def data_uri(
     image:Image.Image,
 )->str:
     "The picture as a `data:` URI."
-    def encoded(**options):
-        file = io.BytesIO()
-        image.save(file, 'webp', **options)
-        return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
-    return min(encoded(lossless=True), encoded(quality=75), key=len)
+    file = io.BytesIO()
+    image.save(file, 'webp', **(dict(lossless=True) if image.getcolors(32) else dict(quality=75, method=2)))
+    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 # %% ../../nbs/evaluation/report.ipynb #272ea565
 def write_whole(
