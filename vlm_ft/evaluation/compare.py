@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
+from PIL import Image
 from ..data import pictures_of
 from ..messages import DataError,_lines,load_rows
 from .certainty import Difference,difference,interval,rate,ratio
@@ -235,7 +236,7 @@ def confused(self:Comparison)->dict:
 def picture(self:Comparison,
     rows=8,                # how many, from the first on; or their numbers
     title:str|None=None,
-)->'Image.Image':
+)->Image.Image:
     "Scores and some rows as one picture."
     numbers = list(range(min(rows, len(self.rows)))) if isinstance(rows, int) else list(rows)
     shown = [dict(pictures=pictures_of(self.rows[i]['messages']), answers=self.answers[i], texts=[t[i] for t in self.predictions.values()], notes=[self.errors[n][i][-1] for n in self.names]) for i in numbers]

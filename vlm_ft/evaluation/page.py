@@ -202,7 +202,7 @@ def did(c, name:str, i:int)->str:
     "How a prediction did, in two words."
     errors = c.errors[name][i]
     if errors[-1]==0: return '<span class="good">✓ exact</span>'
-    return f'<span class="good">✓ accepted</span>' if abs(errors[0])<1e-9 else f'<span>CER {errors[-1]:.2f}</span>'
+    return '<span class="good">✓ accepted</span>' if abs(errors[0])<1e-9 else f'<span>CER {errors[-1]:.2f}</span>'
 
 # %% ../../nbs/evaluation/page.ipynb #c8102996
 class Thumbnails:
