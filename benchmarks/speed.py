@@ -88,7 +88,7 @@ def work(a):
     now = lambda: (torch.cuda.synchronize() if gpu else None, time.perf_counter())[1]
     def peak():
         if gpu: return torch.cuda.max_memory_reserved()/2**30
-        from vlm_ft.demo import peak_gib
+        from vlm_ft.evaluation.precision import peak_gib
         return peak_gib()
     class Turns(TrainerCallback):
         until,seen = many['warm'],0

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from vlm_ft.base.recipe import MAIN
-from vlm_ft.demo import BASE, figures, peak_gib, room_for_answers, shuffled, tune
+from vlm_ft.demo import BASE, figures, room_for_answers, shuffled, tune
+from vlm_ft.evaluation.precision import peak_gib
 from vlm_ft.evaluation.generation import predict
 from vlm_ft.evaluation.metrics import accepted_answers, score
 from vlm_ft.merging import FastVisionModel

@@ -107,7 +107,7 @@ def evaluate(a):
     for path in a.report or ():
         if Path(path).suffix not in ('.html','.md','.png'): raise ValueError(f"--report writes .html, .md or .png.\nFound: {path}.")
         check_room(Path(path).parent)
-    if a.bits and (given := [o for o in ('dtype','load_in_4bit','load_in_8bit','min_pixels','max_pixels','report','names','groups') if getattr(a, o)]):
+    if a.bits and (given := [o for o in ('dtype','load_in_4bit','load_in_8bit','min_pixels','max_pixels','report','names','groups','resume') if getattr(a, o)]):
         raise ValueError(f"--bits compares precisions at their defaults.\nFound: --{', --'.join(o.replace('_', '-') for o in given)} as well.\nTry: one or the other.")
     if a.bits:
         if len(a.models)>1: raise ValueError(f"--bits compares precisions of one model.\nFound: {len(a.models)} models.\nTry: one of them.")
@@ -117,7 +117,7 @@ def evaluate(a):
         f"--names names each model once.\nFound: {len(a.models)} models and {', '.join(a.names)}.")
     models = dict(zip(a.names, a.models)) if a.names else named(a.models)
     groups = range(len(load_rows(a.data))) if a.groups=='row' else a.groups
-    compared = compare(models, a.data, groups=groups, limit=a.limit, batch_size=a.batch, max_new_tokens=a.max_new_tokens, title=f'{", ".join(models)} on {Path(a.data).name}', **load_settings(a))
+    compared = compare(models, a.data, groups=groups, limit=a.limit, batch_size=a.batch, max_new_tokens=a.max_new_tokens, resume=a.resume, title=f'{", ".join(models)} on {Path(a.data).name}', **load_settings(a))
     print(compared)
     for path in a.report or (): print(compared.save(path))
 
@@ -126,6 +126,7 @@ def evaluate_options(p):
     p.add_argument('--data', required=True, help='rows with answers: a .jsonl file'); p.add_argument('--names', nargs='+', help='what the models are called; the default is their folders')
     p.add_argument('--limit', type=int, help='only the first rows'); p.add_argument('--batch', type=int, default=8, help='rows a pass'); p.add_argument('--max-new-tokens', type=int, default=256)
     p.add_argument('--groups', help="rows that are not independent: those of one picture, unless this names a field of the rows, or says 'row'")
+    p.add_argument('--resume', help="a folder that keeps each model's answers as they come; what is there is not answered again")
     p.add_argument('--report', action='append', help='a file to write: .html shows each row, .md the table, .png both; may be given again'); p.add_argument('--bits', type=int, nargs='+', choices=(16,8,4), help='compare these precisions of one model')
     model_options(p)
 

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['is_bf16_supported', 'wanted_device', 'wanted_place', 'wanted_dtype', 'wanted_bits', 'quantization', 'agreed_bits',
            'quantized_modules', 'part_of', 'n_parameters', 'n_bytes', 'describe', 'keep_inputs_frozen', 'for_training',
-           'for_inference', 'refuse_extras', 'check_length', 'check_pixels', 'check_checkpointing', 'refuse_unadapted',
-           'plan', 'load_processor', 'load_weights', 'load_adapter', 'FastVisionModel', 'from_pretrained']
+           'for_inference', 'at_rest', 'refuse_extras', 'check_length', 'check_pixels', 'check_checkpointing',
+           'refuse_unadapted', 'plan', 'load_processor', 'load_weights', 'load_adapter', 'FastVisionModel',
+           'from_pretrained']
 
 # %% ../nbs/00_loading.ipynb #4393b61e
 import inspect, json, logging
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 import torch
@@ -79,13 +81,17 @@ def quantization(
     bits:int,        # 8 or 4
     family, dtype,
     quantize_vision=False, # the vision tower too, and in 4 bit the projector
+    quant_type='nf4',      # of 4 bit: 'nf4', levels for normally distributed weights, or 'fp4'
+    double_quant=True,     # of 4 bit: the scales are quantised too
 ):                   # a BitsAndBytesConfig
-    "How bitsandbytes quantises: 4 bit is nf4 with double quantisation, computed in `dtype`."
+    "How bitsandbytes quantises; 4 bit is computed in `dtype`."
+    for name,v,known in (('bnb_4bit_quant_type',quant_type,('nf4','fp4')), ('bnb_4bit_use_double_quant',double_quant,(True,False))):
+        if v not in known: raise ValueError(f"{name} is one of {', '.join(map(str, known))}.\nFound: {name}={v!r}.{nearest(v, known)}")
     _need_bitsandbytes()
     from transformers import BitsAndBytesConfig
     skip = ['lm_head'] + [family.vision]*(not quantize_vision) + [family.projector]*(bits==8 or not quantize_vision)
     if bits==8: return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=skip)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double_quant, bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=skip)
 
 def _need_bitsandbytes():
     "Raise where bitsandbytes is not installed."
@@ -192,6 +198,16 @@ def _cache(model, on:bool):
     base.config.get_text_config().use_cache = base.generation_config.use_cache = on
     return model
 
+@contextmanager
+def at_rest(model):
+    "Within, no dropout and no gradients; afterwards every module's mode as it was, after an error too."
+    modes = {m: m.training for m in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad(): yield model
+    finally:
+        for m,training in modes.items(): m.training = training
+
 # %% ../nbs/00_loading.ipynb #adc26cd3
 _ELSEWHERE = {  # keyword: (values that ask for nothing, why not)
     'fast_inference':       ((False,None), "generation here is transformers' own; serve a merged folder with vLLM"),
@@ -254,7 +270,7 @@ def refuse_unadapted(
     if kind in known_types(): return
     family_for(SimpleNamespace(model_type=kind if isinstance(kind, str) else None, architectures=[str(a) for a in named] if isinstance(named, list) else None))
 
-def plan(source:Source, max_seq_length, bits, dtype, quantize_vision, trust_remote_code):
+def plan(source:Source, max_seq_length, bits, dtype, trust_remote_code, **how):
     "(family, config, quantisation) of a checkpoint from its small files."
     from transformers import AutoConfig
     check_folder(source.folder, weights=False); refuse_unadapted(source.folder, trust_remote_code)
@@ -262,7 +278,10 @@ def plan(source:Source, max_seq_length, bits, dtype, quantize_vision, trust_remo
     family = family_for(config)
     check_length(max_seq_length, config)
     bits,quantised = agreed_bits(config, bits)
-    return family, config, None if quantised or bits==16 else quantization(bits, family, dtype, quantize_vision)
+    if (quantised or bits!=4) and (asked := [k for k,v in dict(quant_type='nf4', double_quant=True).items() if how.get(k, v)!=v]): raise ValueError(
+        f"{' and '.join(f'bnb_4bit_{k}' if k=='quant_type' else 'bnb_4bit_use_double_quant' for k in asked)} asks for a kind of 4 bit, and nothing here is quantised to 4 bit.\n"
+        f"Found: {'a checkpoint that is quantised already' if quantised else f'{bits} bit'}.\nTry: load_in_4bit=True with a 16-bit checkpoint, or leave it out.")
+    return family, config, None if quantised or bits==16 else quantization(bits, family, dtype, **how)
 
 # %% ../nbs/00_loading.ipynb #3b102c37
 def load_processor(family, folder:Path, trust_remote_code=False):
@@ -332,6 +351,8 @@ def from_pretrained(
     use_gradient_checkpointing=True, # in training; 'unsloth' means True
     min_pixels:int|None=None, max_pixels:int|None=None, # bounds of a picture's area
     quantize_vision=False,     # 8 or 4 bit for the vision tower too, 4 bit for the projector
+    bnb_4bit_quant_type='nf4', # or 'fp4'
+    bnb_4bit_use_double_quant=True, # in 4 bit, scales quantised too
     device=None,               # None: the GPU if there is one
     device_map=None,           # in place of device: transformers' own, such as 'auto'
     attn_implementation='sdpa', trust_remote_code=False, token=None, revision=None,
@@ -344,7 +365,7 @@ def from_pretrained(
     check_checkpointing(use_gradient_checkpointing); check_pixels(min_pixels=min_pixels, max_pixels=max_pixels)
     source = find(model_name, token, revision, trust_remote_code)
     if full_finetuning and source.adapter: raise ValueError(f"full_finetuning=True trains whole weights, and {model_name} is an adapter.\nTry: merge it first, or leave full_finetuning out.")
-    family,config,how = plan(source, max_seq_length, bits, dtype, quantize_vision, trust_remote_code)
+    family,config,how = plan(source, max_seq_length, bits, dtype, trust_remote_code, quantize_vision=quantize_vision, quant_type=bnb_4bit_quant_type, double_quant=bnb_4bit_use_double_quant)
     processor = load_processor(family, source.processor, trust_remote_code)
     family.set_resolution(processor, min_pixels, max_pixels)
     fetched(source.base, WEIGHT_FILES, token, source.revision)

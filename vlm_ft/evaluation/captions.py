@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['bleu', 'chrf', 'caption_words', 'cider']
 
-# %% ../../nbs/evaluation/captions.ipynb #46be45c2
+# %% ../../nbs/evaluation/captions.ipynb #11f55d34
 import math,re
 from collections import Counter
 import numpy as np
 from .certainty import Counts
 from .text import paired
 
-# %% ../../nbs/evaluation/captions.ipynb #6da4a23f
+# %% ../../nbs/evaluation/captions.ipynb #3ff168c8
 def _sacrebleu(metric, truths, predictions)->Counts:
     "The statistics of each row by a metric of sacrebleu, which makes a score of their sum."
     accepted,predictions = paired(truths, predictions)
@@ -31,7 +31,7 @@ def chrf(truths, predictions)->Counts:  # (n_rows, 18) sequences of 1 to 6 chara
     from sacrebleu.metrics import CHRF
     return _sacrebleu(CHRF(), truths, predictions)
 
-# %% ../../nbs/evaluation/captions.ipynb #7e565a87
+# %% ../../nbs/evaluation/captions.ipynb #5f472ed0
 def caption_words(text:str)->list: return re.findall(r"[\w']+", text.lower())
 
 def _ngrams(words:list)->list:

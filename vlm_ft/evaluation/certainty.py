@@ -7,13 +7,13 @@ __all__ = ['ratio', 'Counts', 'rate', 'mean_rate', 'by_group', 't_quantile', 'wi
            'interval', 'sign_test', 'permutation_test', 'pulls', 'rows_needed', 'paired_shares', 'Difference',
            'difference']
 
-# %% ../../nbs/evaluation/certainty.ipynb #92619e04
+# %% ../../nbs/evaluation/certainty.ipynb #38479275
 import math
 from functools import partial
 from statistics import NormalDist
 import numpy as np
 
-# %% ../../nbs/evaluation/certainty.ipynb #839f3a41
+# %% ../../nbs/evaluation/certainty.ipynb #d25ac8c2
 def ratio(
     sums:np.ndarray,  # (..., 2) part and whole
 )->np.ndarray:        # (...)
@@ -45,7 +45,7 @@ def mean_rate(
     "The mean over rows of each row's own metric (*macro*): a short row weighs as much as a long one."
     return float(np.mean(getattr(counts, 'of', ratio)(np.asarray(counts))))
 
-# %% ../../nbs/evaluation/certainty.ipynb #12cf0095
+# %% ../../nbs/evaluation/certainty.ipynb #fb6626c4
 def by_group(
     counts:np.ndarray,  # (n_rows, k)
     groups=None,        # a label for each row; None: every row is its own
@@ -58,7 +58,7 @@ def by_group(
     np.add.at(out, [number[g] for g in groups], np.asarray(counts, dtype=float))
     return out
 
-# %% ../../nbs/evaluation/certainty.ipynb #dc24ccdc
+# %% ../../nbs/evaluation/certainty.ipynb #7ee12068
 _z = NormalDist()
 
 def t_quantile(
@@ -124,7 +124,7 @@ def interval(
     if yes_or_no(table, of): return wilson(table[:,0].sum(), len(table), level)
     return bca(table, of, resamples, seed, level)
 
-# %% ../../nbs/evaluation/certainty.ipynb #978f816d
+# %% ../../nbs/evaluation/certainty.ipynb #a7da5a96
 def sign_test(
     wins:int, losses:int,
 )->float:
@@ -149,7 +149,7 @@ def permutation_test(
     seen = abs(of(both+b.sum(0))-of(both+a.sum(0)))
     return float(np.mean(gap>=seen-1e-12)) if exact else float((1+np.sum(gap>=seen-1e-12))/(draws+1))
 
-# %% ../../nbs/evaluation/certainty.ipynb #408b7f9f
+# %% ../../nbs/evaluation/certainty.ipynb #4a4e2fd8
 def pulls(
     counts:np.ndarray,  # (n_rows, k)
     groups=None,
@@ -174,7 +174,7 @@ def rows_needed(
     need = ((_z.inv_cdf(.975)+_z.inv_cdf(power))*pull.std(ddof=1)/gap)**2
     return max(2, math.ceil(need*len(a)/len(pull)))
 
-# %% ../../nbs/evaluation/certainty.ipynb #7f677b4f
+# %% ../../nbs/evaluation/certainty.ipynb #f5ca8087
 def paired_shares(
     wins:int, losses:int, n:int,
 )->tuple:  # (low, high)

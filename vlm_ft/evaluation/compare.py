@@ -7,7 +7,7 @@ __all__ = ['ARROW', 'named', 'read_predictions', 'one_each', 'read_data', 'verdi
            'compare']
 
 # %% ../../nbs/evaluation/compare.ipynb #bb0106bc
-import gc,io,itertools,json
+import gc,io,itertools,json,re
 from collections import Counter
 from pathlib import Path
 import numpy as np
@@ -38,11 +38,14 @@ def named(
 
 # %% ../../nbs/evaluation/compare.ipynb #b25d85ee
 def read_predictions(
-    path, # .jsonl or .json file of texts, or of {'prediction': text}
+    path, # .jsonl or .json file of texts, of {'prediction': text}, or as `predict` appends them
 )->list:
-    "Answers from a file, in its order."
-    value = lambda x: x.get('prediction') if isinstance(x, dict) else x
-    return [value(json.loads(x) if Path(path).suffix=='.jsonl' else x) for _,x in _lines(Path(path))]
+    "Answers from a file, in the rows' order; None for a row that it lacks."
+    lines = [json.loads(x) if isinstance(x, str) and Path(path).suffix=='.jsonl' else x for _,x in _lines(Path(path))]
+    if not (isinstance(lines[0], dict) and 'made_by' in lines[0]): return [x.get('prediction') if isinstance(x, dict) else x for x in lines]
+    from vlm_ft.evaluation.generation import Answers
+    done = {l['row']:l for l in lines[1:]}
+    return Answers((done[i]['answer'] if i in done else None for i in range(max(done, default=-1)+1)), (i for i,l in done.items() if not l['closed']))
 
 def one_each(
     predictions:dict, # name -> texts
@@ -119,7 +122,7 @@ class Comparison:
     ):
         self.rows,self.groups = read_data(data, groups)
         self.answers,self.form,self.tasks = [accepted_answers(r) for r in self.rows],form,[r.get('task') or 'text' for r in self.rows]
-        self.predictions = one_each(predictions, len(self.rows))
+        self.predictions,self.cut = one_each(predictions, len(self.rows)),{name:getattr(texts, 'cut', []) for name,texts in predictions.items()}
         self.names = list(self.predictions)
         self.title = title or f"{', '.join(self.names[:-1])}{' and '*(len(self.names)>1)}{self.names[-1]} on {len(self.rows):,} rows"
         self.lines = [dict(task=task, **self.scored(metric, self.of(task))) for task in dict.fromkeys(self.tasks) for metric in metric_for(task)]
@@ -161,7 +164,8 @@ def notes(self:Comparison)->list[str]:
     over = 'rows' if k==n else 'groups of rows of one picture' if same else 'groups of rows'
     return [f"In brackets: 95 % interval over {k:,} {over}" + (f" ({n:,} rows)" if k<n else '') + ". ↓ lower is better, ↑ higher is better.",
             *([f"Of {m} verdicts one in twenty would say better or worse by chance, were there no difference."] if (m := sum(len(l['changes']) for l in self.lines))>4 else []),
-            *(f"{name} wrote nothing in {e:,} of {n:,} rows; they count as wrong." for name,e in empty.items() if e)]
+            *(f"{name} wrote nothing in {e:,} of {n:,} rows; they count as wrong." for name,e in empty.items() if e),
+            *(f"{name} did not end {len(cut):,} of {n:,} answers, which are cut." for name,cut in self.cut.items() if cut)]
 
 @patch
 def markdown(self:Comparison)->str:
@@ -269,7 +273,7 @@ def _ready(name, model):
     if isinstance(model, (str,Path)) and Path(model).suffix in ('.jsonl','.json'): return read_predictions(model)
     if isinstance(model, (str,Path)): check_folder(find(str(model)).folder); return model
     if isinstance(model, tuple) and len(model)==2 and hasattr(model[0], 'generate') or callable(model) and not hasattr(model, 'generate'): return model
-    if isinstance(model, (list,tuple)): return list(model)
+    if isinstance(model, (list,tuple)): return model
     raise TypeError(f"{name!r} is nothing that can be compared.\nFound: {type(model).__name__}.\nTry: a folder, (model, processor), a list of answers, or a .jsonl file of them.")
 
 def _run(model, rows, settings, load):
@@ -277,7 +281,6 @@ def _run(model, rows, settings, load):
     import torch
     from vlm_ft.evaluation.generation import predict
     from vlm_ft.merging import FastVisionModel
-    if isinstance(model, list): return model
     if callable(model): return model(rows)
     if isinstance(model, tuple): return predict(*model, rows, **settings)
     try: return predict(*FastVisionModel.from_pretrained(str(model), **load), rows, **settings)
@@ -294,15 +297,19 @@ def compare(
     form=clean,              # what is made alike before it is counted, as for `score`
     title:str|None=None,     # of the page
     progress:bool=True,      # tell how far each model is
+    resume=None,             # a folder that keeps each model's answers as they come: what is there is not answered again
     **load,                  # how folders are loaded, as for `from_pretrained`: load_in_4bit=True, max_pixels=…
 )->Comparison:
     "Several models on the same rows: metrics with intervals, differences with verdicts, every row before and after."
     models = named(models)
     rows,labels = read_data(data, groups, limit)
     ready = {name:_ready(name, model) for name,model in models.items()}
-    one_each({name:m if isinstance(m, list) else ['']*len(rows) for name,m in ready.items()}, len(rows))
-    answers = {}
+    answers = {name:m for name,m in ready.items() if isinstance(m, list) or isinstance(m, tuple) and all(isinstance(t, str) for t in m)}
+    one_each({name:answers.get(name, ['']*len(rows)) for name in ready}, len(rows))
     for name,model in ready.items():
-        if progress and not isinstance(model, list): print(name, flush=True)
-        answers[name] = _run(model, rows, dict(batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress), load)
+        if name in answers: continue
+        if progress: print(name, flush=True)
+        file = {} if resume is None else {'resume':Path(resume)/f"{re.sub(r'[^-.=+@ a-zA-Z0-9_]', '_', name)}.jsonl"}
+        answers[name] = _run(model, rows, dict(batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress, **file), load)
+    answers = {name:answers[name] for name in ready}
     return Comparison(rows, answers, labels, title, form)

@@ -6,13 +6,13 @@
 __all__ = ['FENCE', 'latex_similarity', 'leaves', 'fields', 'Node', 'tree', 'tree_distance', 'tree_accuracy', 'latex_tokens',
            'latex_match']
 
-# %% ../../nbs/evaluation/documents.ipynb #2883470b
+# %% ../../nbs/evaluation/documents.ipynb #a364a347
 import json,re
 from functools import partial
 import numpy as np
 from .text import clean, paired, right, similarity
 
-# %% ../../nbs/evaluation/documents.ipynb #9465b3ef
+# %% ../../nbs/evaluation/documents.ipynb #c0c61dd6
 FENCE = re.compile(r'```(?:json)?\s*(.*?)\s*```', re.DOTALL)
 
 def leaves(
@@ -30,7 +30,7 @@ def leaves(
         else: found[path] = clean(v) if isinstance(v, str) else json.dumps(v)
     return found
 
-# %% ../../nbs/evaluation/documents.ipynb #23fc29d7
+# %% ../../nbs/evaluation/documents.ipynb #ca23585e
 def fields(
     truths:list,       # for each row a JSON text, or a list of accepted ones
     predictions:list,  # for each row a text
@@ -45,7 +45,7 @@ def fields(
         return max((count(leaves(a) if a else {}, got) for a in answers), key=lambda c: c['both'][0]/max(c['both'][1], 1))[over]
     return np.array([best(answers, p) for answers,p in zip(*paired(truths, predictions))])
 
-# %% ../../nbs/evaluation/documents.ipynb #9cfe3cd9
+# %% ../../nbs/evaluation/documents.ipynb #1752f293
 class Node:
     "A key or a value of a JSON text, as a tree."
     def __init__(self, label:str, children=(), leaf=False): self.label,self.children,self.leaf = label,list(children),leaf
@@ -90,7 +90,7 @@ def tree_accuracy(
     def one(a, p): t = tree(a); return max(0, 1 - tree_distance(tree(p), t)/max(tree_distance(Node('<root>'), t), 1))
     return np.array([(max(one(a, p) for a in answers), 1) for answers,p in zip(*paired(truths, predictions))])
 
-# %% ../../nbs/evaluation/documents.ipynb #2258862b
+# %% ../../nbs/evaluation/documents.ipynb #efbad00d
 def latex_tokens(
     text:str,
 )->list:

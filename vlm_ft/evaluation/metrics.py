@@ -87,7 +87,7 @@ def buckets(
     span = {k: (min(v for v,p in zip(values, part) if p==k), max(v for v,p in zip(values, part) if p==k)) for k in set(part.tolist())}
     return [(f"{lo:,.6g} – {hi:,.6g}" if lo<hi else f"{lo:,.6g}")+f" {unit}".rstrip() for lo,hi in (span[k] for k in part.tolist())]
 
-# %% ../../nbs/evaluation/metrics.ipynb #281b94d1
+# %% ../../nbs/evaluation/metrics.ipynb #47003329
 class Scores(list):
     "One dict for each task (and bucket) and metric: task, metric, value (micro), macro, low, high (the 95 % interval, or None), rows, groups."
     def as_dict(self)->dict:
@@ -137,7 +137,7 @@ def score(
             scores.append(dict(task=task, **({} if bucket is None else {'bucket':bucket}), metric=metric, value=rate(counts), macro=mean_rate(counts), low=low, high=high, rows=len(mine), groups=len(set(group))))
     return scores
 
-# %% ../../nbs/evaluation/metrics.ipynb #05f29538
+# %% ../../nbs/evaluation/metrics.ipynb #3ff2d1db
 class Differences(list):
     "One `Difference` for each task and metric; prints a sentence for each."
     def __repr__(self): return '\n'.join(f"{d['task']}: {d}" for d in self)

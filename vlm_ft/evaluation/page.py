@@ -201,6 +201,7 @@ def marked_html(
 def did(c, name:str, i:int)->str:
     "How a prediction did, in two words."
     errors = c.errors[name][i]
+    if i in c.cut[name]: return f'<span>CER {errors[-1]:.2f}, cut</span>'
     if errors[-1]==0: return '<span class="good">✓ exact</span>'
     return '<span class="good">✓ accepted</span>' if abs(errors[0])<1e-9 else f'<span>CER {errors[-1]:.2f}</span>'
 

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PUNCTUATION', 'NUMBERS', 'CONTRACTED', 'CONTRACTIONS', 'vqa_form', 'vqa', 'anls', 'relaxed']
 
-# %% ../../nbs/evaluation/questions.ipynb #41da35be
+# %% ../../nbs/evaluation/questions.ipynb #5cdb262b
 import re
 import numpy as np
 from .text import edits, fold, paired, refuse_rows
 
-# %% ../../nbs/evaluation/questions.ipynb #cebd2817
+# %% ../../nbs/evaluation/questions.ipynb #61f0875b
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 NUMBERS = {w:str(i) for i,w in enumerate('zero one two three four five six seven eight nine ten'.split())} | {'none':'0'}
 CONTRACTED = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd how'll how's I'd've I'm I've isn't it'd it'd've
@@ -37,7 +37,7 @@ def vqa_form(
     words = (NUMBERS.get(w, w) for w in re.sub(r'\.(?!\d)', '', out).lower().split())
     return ' '.join(CONTRACTIONS.get(w, w) for w in words if w not in ('a','an','the'))
 
-# %% ../../nbs/evaluation/questions.ipynb #d0bb693c
+# %% ../../nbs/evaluation/questions.ipynb #661cf188
 def vqa(
     truths:list,       # for each row the answers that people gave, repeated as often as they were given; ten, as a rule
     predictions:list,  # for each row a text
@@ -48,7 +48,7 @@ def vqa(
     def one(people, said): return np.mean([min(1, sum(b==said for j,b in enumerate(people) if j!=i)/3) for i in range(len(people))])
     return np.array([(one(t, p), 1) for t,p in zip(truths, predictions)])
 
-# %% ../../nbs/evaluation/questions.ipynb #feefb062
+# %% ../../nbs/evaluation/questions.ipynb #569fb627
 def anls(
     truths:list,         # for each row a text, or a list of accepted texts
     predictions:list,    # for each row a text
@@ -60,7 +60,7 @@ def anls(
     far = iter(edits([a for a,_ in pairs], [p for _,p in pairs])[:,0]/[max(len(a), len(p), 1) for a,p in pairs])
     return np.array([(1-d if (d := min(next(far) for _ in answers))<threshold else 0, 1) for answers in accepted])
 
-# %% ../../nbs/evaluation/questions.ipynb #e933155d
+# %% ../../nbs/evaluation/questions.ipynb #16ad6c55
 def _number(text:str)->float|None:
     "A text as a number, `5%` as 0.05; None for any other text."
     try: x = float(text.rstrip('%'))/100 if text.endswith('%') else float(text)

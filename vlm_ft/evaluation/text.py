@@ -6,14 +6,14 @@
 __all__ = ['clean', 'fold', 'Normalise', 'refuse_rows', 'paired', 'edits', 'cer', 'wer', 'similarity', 'right', 'exact_match',
            'accuracy', 'edit_ops', 'closest']
 
-# %% ../../nbs/evaluation/text.ipynb #cae8be33
+# %% ../../nbs/evaluation/text.ipynb #46b56a70
 import re,unicodedata
 from dataclasses import dataclass
 import jiwer,numpy as np
 from .certainty import rate
 from ..models.family import nearest
 
-# %% ../../nbs/evaluation/text.ipynb #f4801dc8
+# %% ../../nbs/evaluation/text.ipynb #5e38a010
 @dataclass(frozen=True)
 class Normalise:
     "What is made alike before texts are compared; called on a text."
@@ -35,7 +35,7 @@ class Normalise:
 clean = Normalise()                          # what metrics count unless told otherwise
 fold = Normalise(case=False, space='runs')   # what `accuracy` compares
 
-# %% ../../nbs/evaluation/text.ipynb #6304aefb
+# %% ../../nbs/evaluation/text.ipynb #ed0ca5e4
 def refuse_rows(
     rule:str,  # what a row has to fulfil
     bad:dict,  # row number -> what was found there
@@ -46,7 +46,7 @@ def refuse_rows(
     if len(bad)>20: lines.append(f"  … and {len(bad)-20} more")
     raise ValueError(f"Rows that cannot be used: {len(bad)}. {rule} Found:\n" + '\n'.join(lines))
 
-# %% ../../nbs/evaluation/text.ipynb #a35a365f
+# %% ../../nbs/evaluation/text.ipynb #033d0cd5
 def paired(
     truths:list,       # for each row a text, or a list of accepted texts
     predictions:list,  # for each row a text
@@ -64,7 +64,7 @@ def paired(
     refuse_rows("A prediction is a text.", {i:p for i,p in enumerate(predictions) if not isinstance(p, str)})
     return [[form(a) for a in t] for t in truths], [form(p) for p in predictions]
 
-# %% ../../nbs/evaluation/text.ipynb #39eb8e48
+# %% ../../nbs/evaluation/text.ipynb #8d7dc3e3
 def _near(count):
     "Sort key of an (edits, length) pair: the fewest edits first, then the longest reference."
     return count[0],-count[1]
@@ -86,7 +86,7 @@ def edits(
     counts = iter([(sum(size(c) for c in chunks if c.type!='equal'), len(ref)) for chunks,ref in zip(out.alignments, out.references)])
     return np.array([min((next(counts) for _ in answers), key=_near) for answers in accepted])
 
-# %% ../../nbs/evaluation/text.ipynb #d1b476c6
+# %% ../../nbs/evaluation/text.ipynb #ca0a00fc
 def cer(truths, predictions, form=clean)->float:
     "Character error rate of a corpus: edits over reference characters, spaces included."
     return rate(edits(truths, predictions, form=form))
@@ -95,7 +95,7 @@ def wer(truths, predictions, form=clean)->float:
     "Word error rate of a corpus: edits over reference words."
     return rate(edits(truths, predictions, 'words', form))
 
-# %% ../../nbs/evaluation/text.ipynb #d0615243
+# %% ../../nbs/evaluation/text.ipynb #5c45f286
 def similarity(
     truths:list, predictions:list,
     unit='characters',       # as for `edits`
@@ -107,7 +107,7 @@ def similarity(
     def one(a, p): n = max(len(tokens(a)), len(tokens(p))); return n-next(counts), n
     return np.array([max((one(a, p) for a in answers), key=lambda c: c[0]/max(c[1], 1)) for answers,p in zip(accepted, predictions)])
 
-# %% ../../nbs/evaluation/text.ipynb #fe3b4bb7
+# %% ../../nbs/evaluation/text.ipynb #4967846a
 def right(truths, predictions, form=clean)->np.ndarray:  # (n_rows, 2) 1 or 0, and 1
     "Whether each prediction is one of its accepted texts, both brought into `form`."
     return np.array([(p in answers, 1) for answers,p in zip(*paired(truths, predictions, form))], dtype=int)
@@ -120,7 +120,7 @@ def accuracy(truths, predictions)->float:
     "Share of the rows that give an accepted text, but for case and white space."
     return rate(right(truths, predictions, fold))
 
-# %% ../../nbs/evaluation/text.ipynb #45264625
+# %% ../../nbs/evaluation/text.ipynb #7eba211d
 def edit_ops(
     truth:str,
     prediction:str,

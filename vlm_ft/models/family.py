@@ -140,6 +140,18 @@ class Family:
         "Rotary positions of an encoded row's tokens, (axes, tokens) or (axes, 1, tokens)."
         return torch.arange(len(row['input_ids']))[None]
 
+    def picture_layers(self)->tuple:
+        "Numbers of the decoder's layers whose cache holds pictures and not tokens; none where pictures are tokens."
+        return ()
+
+    def shown(self, row:dict):
+        "(keys,) of the pictures in those layers, for an encoded row: 1 where its answer sees a key."
+        return torch.zeros(0)
+
+    def told(self, shown, dtype)->dict:
+        "What a decoding step is told of the pictures that its rows are `shown`, (rows, keys)."
+        return {}
+
 # %% ../../nbs/models/family.ipynb #88523599
 @patch
 def targets(self:Family,

@@ -123,6 +123,17 @@ class Mllama(Family):
     def place(self, model, batch, features):
         return {**{k:v for k,v in batch.items() if k not in self.picture_keys}, 'cross_attention_states':torch.cat(features)}
 
+    def picture_layers(self): return tuple(self.config.text_config.cross_attention_layers)
+
+    def shown(self, row):
+        v = self.config.vision_config
+        return row['cross_attention_mask'][-1].flatten().float().repeat_interleave((v.image_size//v.patch_size)**2+1) if 'pixel_values' in row else torch.zeros(0)
+
+    def told(self, shown, dtype):
+        if not shown.numel(): return {}
+        some = shown.any(-1)[:,None,None,None]                                                # rows without a picture: an open mask over zeros, as when the prompt was read
+        return dict(cross_attention_mask=((shown[:,None,None]==0)&some).to(dtype)*torch.finfo(dtype).min, full_text_row_masked_out_mask=some.to(dtype))
+
     def prepare(self, model):
         "Let every row of a batch see its own pictures only, and the tower's layers be checkpointed."
         def mend(module, args, kwargs):

@@ -1,0 +1,86 @@
+"Answers in slots beside `generate` row by row, on a model that has learnt to read and to stop; what bfloat16 changes."
+import random
+from pathlib import Path
+import pytest, torch
+from transformers import GenerationConfig
+from vlm_ft.data import encode
+from vlm_ft.demo import BASE
+from vlm_ft.evaluation.decoding import Slots, Writer
+from vlm_ft.evaluation.generation import predict, stop_ids
+from vlm_ft.evaluation.metrics import score
+from vlm_ft.loading import FastVisionModel
+from vlm_ft.messages import load_rows
+from vlm_ft.models.family import family_for
+from vlm_ft.models.tiny import drawn
+from vlm_ft.setup import pad_batch
+
+DATA = Path(__file__).parents[2]/'shared'/'data'
+
+def load(dtype): return FastVisionModel.from_pretrained(str(BASE), dtype=dtype, max_pixels=28672, device='cpu')
+
+def lines(n):
+    rng,words = random.Random(0),'amber birch cedar delta ember frost grove heron indigo jasper'.split()
+    texts = [' '.join(rng.choices(words, k=rng.randint(1, 6))) for _ in range(n)]
+    return [{'messages':[{'role':'user','content':[{'type':'image','image':drawn(t, (12*len(t)+8, 32))},{'type':'text','text':'Read the line.'}]},{'role':'assistant','content':t}], 'task':'ocr'} for t in texts]
+
+@torch.no_grad()
+def by_generate(model, processor, rows, n, batch_size):
+    "What plain transformers answers."
+    family,out = family_for(model),[]
+    stops = stop_ids(model, processor.tokenizer, family)
+    for lo in range(0, len(rows), batch_size):
+        batch = {k:v for k,v in pad_batch([encode(r, processor, family, prompt_only=True) for r in rows[lo:lo+batch_size]], family, 0, side='left').items() if k!='labels'}
+        ids = model.generate(**batch, generation_config=GenerationConfig(do_sample=False, max_new_tokens=n, eos_token_id=stops, pad_token_id=0))[:, batch['input_ids'].shape[1]:]
+        for row in ids.tolist():
+            end = next((i for i,t in enumerate(row) if t in stops), len(row))
+            out.append(processor.tokenizer.decode(row[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return out
+
+def test_as_generate_row_by_row():
+    model,processor = load(torch.float32)
+    rows = lines(20)
+    want = by_generate(model, processor, rows, 64, 1)
+    for size in (1,6,32): assert predict(model, processor, rows, batch_size=size, max_new_tokens=64, progress=False)==want
+    assert len(set(map(len, want)))>5 and score(rows, want).as_dict()['cer']<.2
+    short = predict(model, processor, rows, max_new_tokens=8, progress=False)                      # cut: the same beginnings, and said to be cut
+    assert short.cut and all(w.startswith(s) for w,s in zip(want, short)) and all(short[i]==want[i] for i in set(range(20))-set(short.cut))
+
+@pytest.mark.skipif(not DATA.is_dir(), reason='needs ../shared/data')
+@pytest.mark.parametrize('name', ('ocr_lines_fraktur','receipts','captions'))
+def test_as_generate_on_real_pictures(name):
+    "Pictures of all shapes; receipts are asked about three times each, so their features are kept."
+    model,processor = load(torch.float32)
+    rows = load_rows(DATA/name/'test.jsonl')[:12]
+    assert predict(model, processor, rows, batch_size=5, max_new_tokens=24, progress=False)==by_generate(model, processor, rows, 24, 1)
+
+def test_bfloat16_changes_few_rows_and_no_metric():
+    rows,out = lines(40),{}
+    for dtype in (torch.float32, torch.bfloat16):
+        model,processor = load(dtype)
+        out[dtype] = predict(model, processor, rows, batch_size=16, max_new_tokens=64, progress=False)
+    differ = sum(a!=b for a,b in zip(*out.values()))
+    exact,half = (score(rows, a)[0] for a in out.values())
+    print(f"{differ} of 40 rows differ in bfloat16; cer {exact['value']:.4f} and {half['value']:.4f}")
+    assert differ<=8 and exact['low']<=half['value']<=exact['high']
+
+def test_finished_rows_cost_nothing():
+    "Steps of a run: about the tokens over the slots, where a padded batch takes the longest answer of each."
+    model,processor = load(torch.float32)
+    rows,seen = lines(24),[]
+    real = Writer.step
+    def counted(self): seen.append(len(self.rows)); return real(self)
+    Writer.step = counted
+    try: answers = predict(model, processor, rows, batch_size=6, max_new_tokens=64, progress=False)
+    finally: Writer.step = real
+    tokens = sum(len(processor.tokenizer(a)['input_ids']) for a in answers)
+    assert abs(sum(seen)-tokens)<=2*len(rows) and len(seen)<1.6*tokens/6
+
+def test_slots_are_bounded():
+    "Memory is what the slots were made for, however many rows pass through."
+    model,processor = load(torch.float32)
+    sizes,real = set(),Slots.admit
+    def admit(self, *args): real(self, *args); sizes.add(tuple(b.shape for l in self.layers for b in l.buffers))
+    Slots.admit = admit
+    try: predict(model, processor, lines(24), batch_size=4, max_new_tokens=40, progress=False)
+    finally: Slots.admit = real
+    assert len(sizes)==1 and next(iter(sizes))[0][0]==4
