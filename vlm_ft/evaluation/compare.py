@@ -99,16 +99,17 @@ def judged(a, b, metric, groups=None)->Difference:
 def confusions(
     truths:list,      # for each row its accepted texts
     predictions:list,
-)->Counter:           # (character of the truth, what was written), '' for nothing -> how often
+)->tuple:             # ((character of the truth, what was written), '' for nothing -> how often; number of rows that were read)
     "Characters taken for others, left out or added, in rows that are at least half right."
-    found = Counter()
+    found,read = Counter(),0
     for answers,prediction in zip(truths, predictions):
         truth = closest(answers, prediction)
         ops = edit_ops(truth, prediction)
         if sum(len(a) for kind,a,_ in ops if kind=='equal') < max(len(truth), len(prediction), 1)/2: continue
+        read += 1
         for kind,a,b in ops:
             if kind!='equal': found.update(zip(a or ['']*len(b), b or ['']*len(a)))
-    return found
+    return found,read
 
 # %% ../../nbs/evaluation/compare.ipynb #23f800f6
 class Comparison:
@@ -155,6 +156,15 @@ def summary(self:Comparison)->list[dict]:
                  **{f'{n} against {self.names[0]}':words for n,(_,words) in l['verdicts'].items()}) for l in self.lines]
 
 @patch
+def lead(self:Comparison)->list[str]:
+    "For each model but the first, how it did against it, in a sentence."
+    def one(name):
+        kinds,rows = Counter(l['verdicts'][name][0] for l in self.lines),Counter(self.became[name])
+        return (f"{name} against {self.names[0]}: of {len(self.lines)} scores {kinds['better']} better, {kinds['worse']} worse, {len(self.lines)-kinds['better']-kinds['worse']} not told apart; "
+                f"of {len(self.rows):,} rows {rows['improved']:,} improved, {rows['harmed']:,} harmed, {rows['same']:,} as before.")
+    return [one(name) for name in self.names[1:]]
+
+@patch
 def notes(self:Comparison)->list[str]:
     "What has to be known to read the numbers."
     n,k = len(self.rows),len(set(self.groups))
@@ -172,7 +182,7 @@ def markdown(self:Comparison)->str:
     "The table and its notes in Markdown."
     lines = self.summary()
     row = lambda cells: '| ' + ' | '.join(str(c).replace('|', '\\|') for c in cells) + ' |'
-    return '\n'.join([row(lines[0]), row('---' for _ in lines[0]), *(row(l.values()) for l in lines), '', *self.notes()]) + '\n'
+    return '\n'.join([row(lines[0]), row('---' for _ in lines[0]), *(row(l.values()) for l in lines), '', *(f'- {n}' for n in [*self.lead(), *self.notes()])]) + '\n'
 
 # %% ../../nbs/evaluation/compare.ipynb #8594d1dd
 def each(counts)->np.ndarray:
@@ -232,7 +242,7 @@ def parts(self:Comparison)->list:
 
 @patch
 def confused(self:Comparison)->dict:
-    "name -> confusions of characters, in the rows of tasks that are measured by CER; empty without such rows."
+    "name -> `confusions` of characters, in the rows of tasks that are measured by CER; empty without such rows."
     mine = [i for i,t in enumerate(self.tasks) if metric_for(t)[0]=='cer']
     return {name:confusions([self.answers[i] for i in mine], [texts[i] for i in mine]) for name,texts in self.predictions.items()} if mine else {}
 
@@ -261,7 +271,7 @@ def save(self:Comparison,
     return write_whole(path, kinds[kind]())
 
 @patch
-def __repr__(self:Comparison): return '\n'.join([table(self.summary()), '', *self.notes()])
+def __repr__(self:Comparison): return '\n'.join([table(self.summary()), '', *self.lead(), *self.notes()])
 
 @patch
 def _repr_html_(self:Comparison): return cell_html(self)

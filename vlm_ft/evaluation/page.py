@@ -45,6 +45,7 @@ STYLE = f"""
 .vlm-report h4 { font-size:.82rem; font-weight:600; color:var(--soft); margin:0 0 .15rem; display:flex; justify-content:space-between; gap:.6rem; flex-wrap:wrap }
 .vlm-report p, .vlm-report ul { margin:.4rem 0; color:inherit }
 .vlm-report ul { padding-left:1.2rem }
+.vlm-report a { color:var(--accent) }
 .vlm-report .soft { color:var(--soft); font-size:.88rem }
 .vlm-report .good { color:var(--good) } .vlm-report .bad { color:var(--bad) }
 .vlm-report svg { display:block; width:100%; overflow:visible }
@@ -57,6 +58,7 @@ STYLE = f"""
 .vlm-report td.number { white-space:nowrap }
 .vlm-report small { color:var(--soft); font-size:.82rem; white-space:nowrap }
 .vlm-report .name { overflow-wrap:anywhere }
+.vlm-report .scores th.name { min-width:9rem; max-width:18rem } .vlm-report .scores thead th { white-space:nowrap }
 .vlm-report .key { display:inline-block; width:.9em; height:.9em; vertical-align:-.08em; margin-right:.4em }
 .vlm-report .key svg { width:.9em; height:.9em }
 .vlm-report .parts { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,25rem),1fr)); gap:.6rem 2.4rem }
@@ -78,19 +80,19 @@ STYLE = f"""
 .vlm-report .texts { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,15rem),1fr)); gap:.6rem 1.2rem; align-content:start }
 .vlm-report .tag { font-size:.85rem; font-weight:600; white-space:nowrap }
 .vlm-report figure { margin:0 }
-.vlm-report img { display:block; max-width:100%; max-height:24rem; width:auto; height:auto; border-radius:3px; background:#fff; margin:0 0 .3rem; cursor:zoom-in }
-.vlm-report img:focus { max-height:none; cursor:zoom-out } .vlm-report figure:focus-within { grid-column:1/-1 }
+.vlm-report img { display:block; max-width:100%; max-height:24rem; width:auto; height:auto; border-radius:3px; background:#fff; margin:0 0 .3rem; scroll-margin-top:5.5rem }
+.vlm-report img[role] { cursor:zoom-in } .vlm-report img.big { max-height:none; cursor:zoom-out } .vlm-report article.beside:has(.big) { grid-template-columns:minmax(0,auto) minmax(15rem,1fr) }
 .vlm-report .lost { border:1px dashed var(--soft); border-radius:4px; padding:.6rem; color:var(--soft); font-size:.88rem; overflow-wrap:anywhere }
 .vlm-report .text { white-space:pre-wrap; overflow-wrap:anywhere; max-height:24rem; overflow-y:auto; margin:0 }
 .vlm-report ins, .vlm-report del { border-radius:2px; padding:0 1px }
 .vlm-report ins { color:var(--ins); background:var(--insbg); text-decoration:underline 2px }
 .vlm-report del { color:var(--del); background:var(--delbg); text-decoration:line-through 2px }
 .vlm-report :focus-visible, .vlm-report article:focus { outline:3px solid var(--accent); outline-offset:2px }
-@media (max-width:44rem) { .vlm-report { padding:.7rem } .vlm-report article, .vlm-report article.beside { grid-template-columns:minmax(0,1fr); padding:.7rem } 
+@media (max-width:44rem) { .vlm-report { padding:.7rem } .vlm-report article, .vlm-report article.beside, .vlm-report article.beside:has(.big) { grid-template-columns:minmax(0,1fr); padding:.7rem } 
   .vlm-report .scores thead { display:none } .vlm-report .scores tr { display:grid; grid-template-columns:1fr auto; padding:.25rem 0 } .vlm-report .scores tr > * { padding:.1rem 0 }
   .vlm-report .scores td.plot, .vlm-report .scores td.verdict, .vlm-report .scores th[scope=rowgroup] { grid-column:1/-1; width:auto } .vlm-report .scores td.plot { padding:.15rem .6rem }
   .vlm-report .scores td.verdict:empty { display:none } .vlm-report .tools label { flex:1 1 9rem } .vlm-report .tools select, .vlm-report .tools input { width:100% } .vlm-report .keys { display:none } 
-  .vlm-report .tools { position:static } .vlm-report article { scroll-margin-top:.5rem } }
+  .vlm-report .tools { position:static } .vlm-report article { scroll-margin-top:.5rem } .vlm-report img { scroll-margin-top:0 } }
 @media print { .vlm-report .tools { display:none } .vlm-report #rows > article { break-inside:avoid; content-visibility:visible } .vlm-report .text { max-height:none } }
 """
 
@@ -151,8 +153,9 @@ def scores_html(c)->str:
             return (f'<tr><th scope="row" class="name">{shape(k)}{escape(name)}</th><td class="number">{between(*l["scores"][name])}</td>'
                     f'<td class="plot">{plot([(k,l["scores"][name])], top, k==len(c.names)-1)}</td><td class="verdict">{word}</td></tr>')
         return f'<tbody>{head}{"".join(one(k, n) for k,n in enumerate(c.names))}</tbody>'
+    lead = ''.join(f'<p>{escape(t)}</p>' for t in c.lead())
     last = f'<th scope="col">against {escape(c.names[0])}</th>' if len(c.names)>1 else '<th></th>'
-    return (f'<section aria-label="Scores"><h2>Scores</h2><table class="scores"><thead><tr><th scope="col">model</th><th scope="col">value and 95 % interval</th><th></th>{last}</tr></thead>'
+    return (f'<section aria-label="Scores">{lead}<h2>Scores</h2><table class="scores"><thead><tr><th scope="col">model</th><th scope="col">value and 95 % interval</th><th></th>{last}</tr></thead>'
             f'{"".join(map(line, c.lines))}</table><ul class="soft">{"".join(f"<li>{escape(n)}</li>" for n in c.notes())}</ul></section>')
 
 # %% ../../nbs/evaluation/page.ipynb #89112cb9
@@ -177,16 +180,17 @@ def sign(char:str)->str:
 
 def confusions_html(c, most:int=16)->str:
     "The commonest confusions of characters of each model, as a table with bars."
-    found = c.confused()
-    if not found or not any(found.values()): return ''
+    read = {n:k for n,(_,k) in c.confused().items()}
+    found = {n:f for n,(f,_) in c.confused().items()}
+    if not any(found.values()): return ''
     total = sum(found.values(), start=type(next(iter(found.values())))())
     pairs = [p for p,_ in sorted(total.items(), key=lambda x: (-max(f[x[0]] for f in found.values()), x[0]))[:most]]
     top = max(f[p] for f in found.values() for p in pairs)
     cell = lambda n: f'<td class="n{" hot" if n else ""}" style="--share:{100*n/top:.0f}%">{n:,}</td>'
-    head = ''.join(f'<th scope="col">{shape(k)}{escape(n)}</th>' for k,n in enumerate(c.names))
+    head = ''.join(f'<th scope="col">{shape(k)}{escape(n)}<br>in {read[n]:,} row{"s"*(read[n]!=1)}</th>' for k,n in enumerate(c.names))
     body = ''.join(f'<tr><th scope="row"><kbd>{escape(sign(a))}</kbd> → <kbd>{escape(sign(b))}</kbd></th>{"".join(cell(found[n][a,b]) for n in c.names)}</tr>' for a,b in pairs)
     rest = ''.join(f'<td class="n">{sum(f.values())-sum(f[p] for p in pairs):,}</td>' for f in found.values())
-    return (f'<section aria-label="Confused characters"><h2>Confused characters</h2><p class="soft">How often a character of the truth (left) was written as another (right), in rows read at least half right. ∅ is nothing, ␣ a space, ⏎ a line break.</p>'
+    return (f'<section aria-label="Confused characters"><h2>Confused characters</h2><p class="soft">How often a character of the truth (left) was written as another (right), in the rows that a model read at least half right. ∅ is nothing, ␣ a space, ⏎ a line break.</p>'
             f'<table class="heat"><thead><tr><th scope="col">truth → written</th>{head}</tr></thead><tbody>{body}<tr><th scope="row">all others</th>{rest}</tr></tbody></table></section>')
 
 # %% ../../nbs/evaluation/page.ipynb #0e092526
@@ -209,29 +213,35 @@ def did(c, name:str, i:int)->str:
 class Thumbnails:
     "`<img>` tags of rows' pictures, up to a number of bytes in all."
     def __init__(self,
+        c, rows:list,   # a Comparison, and the numbers of its rows that are shown, the weightiest first
         room:int,       # bytes
         once:bool=True, # a picture stands in the first row that shows it; the others have a link to it, which the page's script makes a picture
-    ): self.room,self.once,self.known,self.place,self.left_out,self.lost = room,once,{},{},0,[]
+    ):
+        self.c,self.once,self.known,self.place,self.lost,self.left_out = c,once,{},{},[],0
+        for i in rows:
+            for picture in pictures_of(c.rows[i]['messages']):
+                if (key := self._key(picture)) in self.known: continue
+                try: small = thumbnail(picture, (720,900)); found = data_uri(small),small.size
+                except (DataError, OSError) as e: found = next((l for l in str(e).splitlines() if l.startswith('Found')), str(e)),None
+                if found[1] and len(found[0])>room: self.left_out += 1; found = None
+                elif found[1]: room -= len(found[0])
+                self.known[key] = found
+        self.lost = sorted(i for i in rows if any((k := self.known[self._key(p)]) and not k[1] for p in pictures_of(c.rows[i]['messages'])))
 
-    def of(self, c, i:int)->list:
+    def _key(self, picture): return picture if isinstance(picture, (str,bytes)) else id(picture)
+
+    def of(self, i:int)->list:
         "(tag, whether it is a strip) of each picture of row `i`."
-        return [self._tag(p, i, k) for k,p in enumerate(pictures_of(c.rows[i]['messages']), 1)]
+        return [self._tag(self._key(p), i, k) for k,p in enumerate(pictures_of(self.c.rows[i]['messages']), 1)]
 
-    def _tag(self, picture, i, k):
-        key = picture if isinstance(picture, (str,bytes)) else id(picture)
-        try:
-            if key not in self.known: small = thumbnail(picture, (720,900)); self.known[key] = data_uri(small),small.size
-        except (DataError, OSError) as e:
-            self.lost += [i]*(i not in self.lost)
-            return f'<p class="lost">This picture cannot be read any more. {escape(visible(next((l for l in str(e).splitlines() if l.startswith("Found")), str(e))))}</p>',False
-        uri,(w,h) = self.known[key]
-        if key in self.place: return f'<a class="same" href="#picture-{self.place[key]}" data-alt="Picture {k} of row {i}">The picture of row {self.place[key].split("-")[0]}</a>',w>2.2*h
-        if len(uri)>self.room:
-            self.left_out += 1
-            return '<p class="lost">This picture is left out: the page has reached its size.</p>',False
-        self.room -= len(uri)
+    def _tag(self, key, i, k):
+        if self.known[key] is None: return '<p class="lost">This picture is left out: the page has reached its size.</p>',False
+        uri,size = self.known[key]
+        if not size: return f'<p class="lost">This picture cannot be read any more. {escape(visible(uri))}</p>',False
+        strip = size[0]>2.2*size[1]
+        if key in self.place: return f'<a class="same" href="#picture-{self.place[key]}" data-alt="Picture {k} of row {i}">The picture of row {self.place[key].split("-")[0]}</a>',strip
         if self.once: self.place[key] = f'{i}-{k}'
-        return f'<img id="picture-{i}-{k}" src="{uri}" width="{w}" height="{h}" loading="lazy" decoding="async" tabindex="0" alt="Picture {k} of row {i}">',w>2.2*h
+        return f'<img id="picture-{i}-{k}" src="{uri}" width="{size[0]}" height="{size[1]}" loading="lazy" decoding="async" alt="Picture {k} of row {i}">',strip
 
 def row_html(
     c,
@@ -274,12 +284,15 @@ document.addEventListener('keydown',e=>{
   const typing=/INPUT|SELECT|TEXTAREA/.test(e.target.tagName), scrolls=e.target.matches('.text');
   if(e.key==='Escape'&&e.target===search){search.value='';show(false);search.blur()}
   else if(typing) return;
+  else if(e.target.tagName==='IMG'&&(e.key==='Enter'||e.key===' ')){e.preventDefault();zoom(e.target)}
   else if(e.key==='j'||(e.key==='ArrowDown'&&!scrolls&&e.target.closest('article'))){e.preventDefault();go(1)}
   else if(e.key==='k'||(e.key==='ArrowUp'&&!scrolls&&e.target.closest('article'))){e.preventDefault();go(-1)}
   else if(e.key==='/'){e.preventDefault();search.focus()}
 });
 const h=new URLSearchParams(location.hash.slice(1)), set=(e,k)=>{if(e&&[...(e.options||[])].some(o=>o.value===h.get(k))) e.value=h.get(k)};
 for(const a of document.querySelectorAll('a.same')){const i=document.querySelector(a.hash).cloneNode(); i.alt=a.dataset.alt; i.removeAttribute('id'); a.replaceWith(i)}
+function zoom(i){i.classList.toggle('big'); i.setAttribute('aria-expanded',i.classList.contains('big')); i.scrollIntoView({block:'nearest'})}
+for(const i of box.querySelectorAll('img')){i.tabIndex=0; i.setAttribute('role','button'); i.setAttribute('aria-expanded','false'); i.title='enlarge, or make small again'; i.addEventListener('click',()=>zoom(i))}
 set(order,'order'); set(task,'task'); set(became,'became'); search.value=h.get('q')||'';
 tools.hidden=false; show(true);
 """
@@ -292,7 +305,7 @@ def tools_html(c, orders:list)->str:
             + (choice('task', 'Task', [('','all'), *((t,t) for t in tasks)]) if len(tasks)>1 else '')
             + (choice('became', 'Change', [('','all'), *((b,b) for b in ('improved','harmed','same'))]) if len(c.names)>1 else '')
             + '<label>Search<input id="search" type="search" placeholder="text in a row" autocomplete="off"></label><output id="count" aria-live="polite"></output>'
-            '<span class="soft keys"><kbd>j</kbd> <kbd>k</kbd> next, previous row · <kbd>/</kbd> search</span></div>')
+            '<span class="soft keys"><kbd>j</kbd> <kbd>k</kbd> rows · <kbd>/</kbd> search · <kbd>Enter</kbd> enlarges a picture</span></div>')
 
 # %% ../../nbs/evaluation/page.ipynb #d76cbba4
 PAGE = """<!DOCTYPE html>
@@ -301,7 +314,7 @@ PAGE = """<!DOCTYPE html>
 <title>{title}</title><style>body {{ margin:0; background:{light} }} @media (prefers-color-scheme:dark) {{ body {{ background:{dark} }} }}{style}</style></head>
 <body><main class="vlm-report"><h1>{title}</h1>{body}</main><script>{script}</script></body></html>
 """
-MARKED = '<p class="soft">Marked against the nearest accepted answer: <ins>underlined</ins> is not in it, <del>struck through</del> is missing here. A picture that is chosen is enlarged.</p>'
+MARKED = '<p class="soft">Marked against the nearest accepted answer: <ins>underlined</ins> is not in it, <del>struck through</del> is missing here.</p>'
 
 def page_html(
     c,                 # a Comparison
@@ -310,14 +323,13 @@ def page_html(
 )->str:
     "A comparison as a page: one file, nothing from a network."
     orders = c.orders()
-    first,thumbs = c.telling()[:max_rows],Thumbnails(int(max_mb*2**20))
-    images = {i:thumbs.of(c, i) for i in first}
-    keep = sorted(first)
+    first = c.telling()[:max_rows]
+    keep,thumbs = sorted(first),Thumbnails(c, first, int(max_mb*2**20))
     place = [{i:k for k,i in enumerate(o)} for o in orders.values()]
-    shown = '\n'.join(row_html(c, i, images[i], [p[i] for p in place]) for i in keep)
+    shown = '\n'.join(row_html(c, i, thumbs.of(i), [p[i] for p in place]) for i in keep)
     said = [*([f"{len(c.rows)-len(keep):,} of {len(c.rows):,} rows are left out: those that changed least. The scores count all of them."] if len(keep)<len(c.rows) else []),
             *([f"{thumbs.left_out:,} pictures are left out: the page holds {max_mb:g} MB of them."] if thumbs.left_out else []),
-            *([f"Pictures that cannot be read any more: {len(thumbs.lost)}, of row {', '.join(map(str, sorted(thumbs.lost)[:12]))}{' …' if len(thumbs.lost)>12 else ''}."] if thumbs.lost else [])]
+            *([f"Pictures that cannot be read any more: {len(thumbs.lost)}, of row {', '.join(map(str, thumbs.lost[:12]))}{' …' if len(thumbs.lost)>12 else ''}."] if thumbs.lost else [])]
     left = f'<ul class="soft">{"".join(f"<li>{s}</li>" for s in said)}</ul>' if said else ''
     body = scores_html(c)+parts_html(c)+confusions_html(c)+f'<h2>Rows</h2>{MARKED}{left}{tools_html(c, list(orders))}<div id="rows">{shown}</div>'
     policy = 'sha256-'+base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
@@ -328,6 +340,7 @@ def cell_html(
     rows:int=6,    # how many are shown, those that changed most
 )->str:
     "A comparison as a notebook's output: numbers and the rows that changed most, without a script."
-    keep,thumbs = c.telling()[:rows],Thumbnails(2**20, once=False)
+    keep = c.telling()[:rows]
+    thumbs = Thumbnails(c, keep, 2**20, once=False)
     more = f'<p class="soft">The {len(keep)} rows of {len(c.rows):,} that changed most; <code>save(\'report.html\')</code> writes all of them, to sort and to search.</p>' if len(keep)<len(c.rows) else ''
-    return f'<style>{STYLE}</style><div class="vlm-report">{scores_html(c)}<h2>Rows</h2>{MARKED}{more}{"".join(row_html(c, i, thumbs.of(c, i)) for i in keep)}</div>'
+    return f'<style>{STYLE}</style><div class="vlm-report">{scores_html(c)}<h2>Rows</h2>{MARKED}{more}{"".join(row_html(c, i, thumbs.of(i)) for i in keep)}</div>'
