@@ -70,9 +70,11 @@ def train(a):
     from vlm_ft.merging import FastVisionModel
     if (Path(a.out)/'config.json').exists(): raise ValueError(f"{a.out} holds a whole model, and an adapter would be mixed into it.\nTry: another --out.")
     if a.resume: find_checkpoint(a.resume, a.out)
+    if a.best and not a.test: raise ValueError(f"--best {a.best} is measured on held-out rows.\nFound: no --test.\nTry: --test with a .jsonl file.")
     rows,held = load_rows(a.data),load_rows(a.test) if a.test else None
+    best = dict(save_strategy='epoch', load_best_model_at_end=True, metric_for_best_model=a.best) if a.best else {}
     args = VisionTrainingArguments(output_dir=a.out, num_train_epochs=a.epochs, max_steps=a.steps, max_minutes=a.minutes, learning_rate=a.learning_rate, seed=a.seed,
-                                   per_device_train_batch_size=a.batch, gradient_accumulation_steps=a.accumulate, eval_strategy='epoch' if held else 'no')
+                                   per_device_train_batch_size=a.batch, gradient_accumulation_steps=a.accumulate, eval_strategy='epoch' if held else 'no', **best)
     model,processor = load(a, a.model)
     if hasattr(model, 'peft_config'):
         if chosen := [o for o in ('r','lora_alpha','no_vision','no_language','no_attention','no_mlp') if getattr(a, o)]: raise ValueError(
@@ -82,13 +84,14 @@ def train(a):
         model = FastVisionModel.get_peft_model(model, r=a.r, lora_alpha=a.lora_alpha or a.r, random_state=a.seed, finetune_vision_layers=not a.no_vision, finetune_language_layers=not a.no_language,
                                                finetune_attention_modules=not a.no_attention, finetune_mlp_modules=not a.no_mlp)
     print(table(trainable_report(model)))
-    trainer = VisionTrainer(model=FastVisionModel.for_training(model), processing_class=processor, args=args, train_dataset=rows, eval_dataset=held)
+    trainer = VisionTrainer(model=FastVisionModel.for_training(model), processing_class=processor, args=args, train_dataset=rows, eval_dataset=held, eval_generation=bool(a.best))
     trainer.train(resume_from_checkpoint=a.resume)
     model.save_pretrained(a.out); processor.save_pretrained(a.out)
     print(f"The adapter is in {a.out}.")
 
 def train_options(p):
     p.add_argument('--data', required=True, help='rows to train on: a .jsonl file'); p.add_argument('--test', help='held-out rows, read after each epoch')
+    p.add_argument('--best', help='a metric, such as cer: the model answers the held-out rows after each epoch, and the epoch that is best by it is kept')
     p.add_argument('--model', required=True, help='folder or hub id of a base, or of an adapter to train on'); p.add_argument('--out', required=True, help='folder for the adapter and checkpoints')
     p.add_argument('--epochs', type=float, default=1); p.add_argument('--steps', type=int, default=-1, help='instead of epochs'); p.add_argument('--minutes', type=float, help='time budget')
     p.add_argument('--learning-rate', type=float, default=2e-4); p.add_argument('--batch', type=int, default=2, help='rows a pass'); p.add_argument('--accumulate', type=int, default=4, help='passes a step')
