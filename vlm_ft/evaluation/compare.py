@@ -26,7 +26,7 @@ from ..models.family import table
 def named(
     models, # {name: model}, or a list of folders
 )->dict:
-    "Models by name. Folders of one name are told apart by the folders they stand in."
+    "Models by name, after their folders or files; those of one name are told apart by the folders they stand in."
     if isinstance(models, dict): return dict(models)
     if not isinstance(models, (list,tuple)) or not all(isinstance(m, (str,Path)) for m in models): raise TypeError(
         f"Models are a dict of names and models, or a list of folders.\nFound: {type(models).__name__}.\nTry: compare({{'base': …, 'tuned': …}}, rows).")
@@ -34,7 +34,9 @@ def named(
     if twice := [str(m) for m,n in Counter(map('/'.join, parts)).items() if n>1]: raise ValueError(
         f"A model is compared with itself.\nFound: {twice[0]} twice.\nTry: each once.")
     depth = next(d for d in range(1, 99) if len({p[-d:] for p in parts})==len(parts))
-    return {'/'.join(p[-depth:]):m for p,m in zip(parts, models)}
+    names = ['/'.join(p[-depth:]) for p in parts]
+    short = [n.removesuffix('.jsonl') for n in names]
+    return dict(zip(short if len(set(short))==len(short) else names, models))
 
 # %% ../../nbs/evaluation/compare.ipynb #b25d85ee
 def read_predictions(
