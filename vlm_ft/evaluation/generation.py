@@ -17,7 +17,7 @@ from PIL import Image
 from ..data import count_tokens, encode, pictures_of
 from .decoding import Sampling, Writer, at_work
 from ..features import FeatureCache, free_gib
-from ..messages import DataError, for_rows, split_prompt, wrong
+from ..messages import DataError, for_rows, split_prompt, to_messages, wrong
 from ..models.family import base_of, family_for, nearest, refuse_unknown
 
 # %% ../../nbs/evaluation/generation.ipynb #a754ec5a
@@ -37,7 +37,7 @@ def prompt_lengths(
     "How long every prompt is; a `DataError` names every row that cannot be read or answered."
     most = family.config.get_text_config().max_position_embeddings
     def length(row):
-        n = count_tokens(split_prompt(row)[0], processor, family, resize)['total']
+        n = count_tokens({**to_messages(row), 'messages':split_prompt(row)[0]}, processor, family, resize)['total']
         if n+max_new_tokens>most: raise wrong("prompt and answer are longer than the model's positions.", f"{n} tokens of prompt and max_new_tokens={max_new_tokens}; the model has {most}.",
                                               f"max_new_tokens={most-n}." if most>n else "smaller pictures (max_pixels, resize).")
         return n
@@ -91,7 +91,6 @@ class Ledger:
         else:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps({'made_by':made_by})+'\n', encoding='utf-8')
-        self.file = self.path.open('a', encoding='utf-8')
 
     def _read(self, made_by):
         text = self.path.read_bytes().decode('utf-8', 'replace')
@@ -107,9 +106,9 @@ class Ledger:
         self.done = {l['row']:(l['answer'], l['closed']) for l in lines if l['row']<len(self.keys)}
 
     def add(self, row:int, answer:str, closed:bool):
-        "Append an answer; on the disk when this returns."
+        "Append an answer; it is in the file when this returns."
         self.done[row] = (answer, closed)
-        self.file.write(json.dumps(dict(row=row, key=self.keys[row], answer=answer, closed=closed), ensure_ascii=False)+'\n'); self.file.flush()
+        with self.path.open('a', encoding='utf-8') as f: f.write(json.dumps(dict(row=row, key=self.keys[row], answer=answer, closed=closed), ensure_ascii=False)+'\n')
 
 # %% ../../nbs/evaluation/generation.ipynb #c34fb11f
 class Answers(list):

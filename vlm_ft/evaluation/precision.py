@@ -207,7 +207,8 @@ def plot_precisions(
             if key==metric and r[f'{metric}_95']: ax.plot(r[f'{metric}_95'], [i,i], color=color, lw=1.5)
             if r.get(key) is not None: ax.plot([r[key]], [i], 'o', color=color, mfc='white' if r['against_first']=='worse' else color, ms=6)
         ax.set_title(title, fontsize=9); ax.spines[['top','right']].set_visible(False); ax.grid(axis='x', alpha=.3); ax.tick_params(labelsize=8)
-        ax.set_xlim(left=0) if ax.get_xlim()[0]<ax.get_xlim()[1]/4 or key!=metric else None
+        most = max((x for l in ax.lines for x in l.get_xdata()), default=1) or 1
+        ax.set_xlim(-.04*most, 1.08*most)
     axes[0].set_yticks(at, [(f"{r['model']}, " if len(models)>1 else '')+r['precision'] for r in compared]); axes[0].invert_yaxis()
     plt.close(fig)
     return fig
