@@ -89,7 +89,8 @@ def verdict(
     if not d['changed']: return 'same','no difference'
     if d['better'] is None:
         more = f", about {d['needed']:,} rows would tell" if (d['needed'] or 0)>d['rows'] else ''
-        return 'noise',f"within noise ({d['difference']:+.3f} [{d['low']:+.3f} – {d['high']:+.3f}]{more})"
+        p = f", p = {d['p']:.2f}" if d['low']*d['high']>0 else ''                    # the interval alone would say otherwise: the test does not
+        return 'noise',f"within noise ({d['difference']:+.3f} [{d['low']:+.3f} – {d['high']:+.3f}]{p}{more})"
     kind,(low,high) = d['better'],sorted((abs(d['low']), abs(d['high'])))
     return kind,f"{kind} by {abs(d['difference']):.3f} [{low:.3f} – {high:.3f}]"
 
