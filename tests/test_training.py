@@ -172,3 +172,33 @@ def test_grouped_rows_take_the_same_step(tmp_path):
         out = VisionTrainer(model, args, train_dataset=ROWS, processing_class=processor, callbacks=[seen], progress=False).train()
         steps.append((out.training_loss, seen.grads))
     assert gap(*steps)<=1e-5
+
+def looked_at(name, folder, **kwargs):
+    "Two epochs with dropout and rows in random order: losses and final weights."
+    model,processor = adapted(name, lora_dropout=.3)
+    args = VisionTrainingArguments(str(folder), use_cpu=True, report_to='none', save_strategy='no', num_train_epochs=2, logging_steps=1, per_device_train_batch_size=3, gradient_accumulation_steps=2,
+                                   learning_rate=1e-3, seed=4, data_seed=9, **{k:v for k,v in kwargs.items() if k.startswith('eval_s') or k.startswith('per_device_eval')})
+    trainer = VisionTrainer(model, args, train_dataset=ROWS, eval_dataset=ROWS[:3] if 'eval_strategy' in kwargs else None, processing_class=processor, progress=False, eval_generation=kwargs.get('eval_generation'))
+    if most := kwargs.get('room'):
+        def room(module, args, inputs):
+            if not module.training and inputs['input_ids'].shape[0]>most: raise torch.OutOfMemoryError
+        model.get_base_model().register_forward_pre_hook(room, with_kwargs=True)
+    trainer.train()
+    return [l['loss'] for l in trainer.state.log_history if 'loss' in l],{n:p.detach() for n,p in model.named_parameters() if p.requires_grad},trainer
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_a_run_that_is_looked_at_is_the_same_run(name, tmp_path, capsys, monkeypatch):
+    "Evaluation by loss and by generation, out of memory on the way, changes no loss and no weight."
+    from vlm_ft.evaluation.decoding import Writer
+    from vlm_ft.training import EvalByGeneration
+    ask = dict(eval_strategy='steps', eval_steps=1, per_device_eval_batch_size=2)
+    plain,admit = looked_at(name, tmp_path),Writer.admit
+    def room(self, numbers, features):
+        if self.slots.capacity>2: raise torch.OutOfMemoryError
+        return admit(self, numbers, features)
+    monkeypatch.setattr(Writer, 'admit', room)
+    for looked in (looked_at(name, tmp_path, **ask, eval_generation=EvalByGeneration(max_new_tokens=4)), looked_at(name, tmp_path, **ask, eval_generation=EvalByGeneration(max_new_tokens=4, batch_size=3), room=1)):
+        assert looked[0]==plain[0] and all(torch.equal(w, looked[1][n]) for n,w in plain[1].items())
+        assert len(looked[2].history())==len(plain[0])>2
+    said = capsys.readouterr().out
+    assert 'Out of memory in an evaluation: going on with 1' in said and 'Out of memory with 3 rows at a time' in said

@@ -16,8 +16,8 @@ from .messages import open_image, to_messages
 from .readers import load_rows
 from .evaluation.generation import predict
 from .evaluation.metrics import accepted_answers, score
+from .evaluation.compare import Comparison
 from .evaluation.precision import peak_gib
-from .evaluation.report import examples_from, report_page, report_picture
 from .merging import FastVisionModel
 from .lora import trainable_report
 from .models.family import table
@@ -153,9 +153,8 @@ def run(
     again,_ = FastVisionModel.from_pretrained(str(out/'merged'), dtype=None if torch.cuda.is_available() else torch.float32)
     same = sum(a==b for a,b in zip(after, predict(again, processor, rows, batch_size=32, max_new_tokens=max_new_tokens)))
     log(f"merged model, reloaded: {same} of {len(rows)} answers are the adapter's, letter for letter")
-    shown = examples_from(rows, before=before, after=after)
-    page = report_page(shown, {k:scores[k] for k in ('before','after')}, out/'report.html', title='Before and after LoRA')
-    picture = report_picture(shown, {k:scores[k] for k in ('before','after')}, out/'report.png', title='Before and after LoRA')
+    compared = Comparison(rows, dict(before=before, after=after), title='Before and after LoRA')
+    page,picture = compared.save(out/'report.html'),compared.save(out/'report.png')
     got = dict(seconds=round(log.seconds(), 1), peak_gib=peak_gib(), steps=done.global_step, same_after_merge=same, rows=len(rows), scores={k:v.as_dict() for k,v in scores.items()})
     (out/'figures.json').write_text(json.dumps(got, indent=1))
     log(f"peak memory {got['peak_gib']:.2f} GiB. Look at {page} or {picture}.")
