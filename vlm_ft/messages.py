@@ -200,6 +200,12 @@ def _answers(row:dict)->list:
     if any(not _text(a, "an answer").strip() for a in answers): raise wrong("an answer is empty.", answers, "write it, or leave the row out.")
     return answers
 
+def _pixels(row:dict):
+    "The row's own bound of its pictures' area; None where it has none."
+    n = row.get('max_pixels')
+    if n is None or isinstance(n, int) and not isinstance(n, bool) and n>0: return n
+    raise wrong("max_pixels is no number of pixels.", n, "a whole positive number, or leave it out.")
+
 def to_messages(
     row,       # messages, {'messages':…}, or {'image'|'images','question','answer'}
     root=None, # folder that relative paths start from
@@ -208,7 +214,7 @@ def to_messages(
     row = {'messages':row} if isinstance(row, list) else row
     if not isinstance(row, dict): raise wrong("a row is not a dict.", row, "{'messages':…} or {'image','question','answer'}.")
     if bad := _misspelt(row): raise wrong("a row has keys that would be ignored, and look like known ones.", ', '.join(bad), "that name, or one that is not so near.")
-    extra = {k:v for k,v in dict(task=row.get('task'), answers=_answers(row)).items() if v}
+    extra = {k:v for k,v in dict(task=row.get('task'), answers=_answers(row), max_pixels=_pixels(row)).items() if v}
     pictures = next((row[k] for k in ('images','image') if row.get(k) is not None), [])
     pictures = [reference(p, root) for p in (pictures if isinstance(pictures, list) else [pictures])]
     if row.get('messages') is None and row.get('question') is None:
@@ -323,4 +329,4 @@ def _unpacked(batch:dict)->dict:
     "Stored rows as `to_messages` reads them."
     rows = [json.loads(r) for r in batch['row']]
     return {'messages':[r['messages'] for r in rows], 'images':batch['images'],
-            'task':[r.get('task', '') for r in rows], 'answers':[r.get('answers', []) for r in rows]}
+            'task':[r.get('task', '') for r in rows], 'answers':[r.get('answers', []) for r in rows], 'max_pixels':[r.get('max_pixels') for r in rows]}

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['check_model', 'check_args', 'checkpoint_bytes', 'check_room', 'StepLines', 'EvalByGeneration', 'as_rows',
-           'check_dataset', 'row_of', 'processor_of', 'VisionTrainer', 'LengthGroups', 'memory_advice', 'TimeBudget',
-           'same_rng', 'find_checkpoint', 'saved_shapes', 'check_checkpoint', 'check_unfinished', 'own_shapes',
-           'load_whole']
+           'check_dataset', 'row_of', 'processor_of', 'VisionTrainer', 'LengthGroups', 'Numbered', 'Rows',
+           'memory_advice', 'TimeBudget', 'same_rng', 'find_checkpoint', 'saved_shapes', 'check_checkpoint',
+           'check_unfinished', 'own_shapes', 'load_whole']
 
 # %% ../nbs/04_training.ipynb #78fa904c
 import copy,inspect,itertools,json,logging,random,shutil,tempfile,time
@@ -177,6 +177,7 @@ class VisionTrainer(Trainer):
         eval_generation=None,    # True or EvalByGeneration(...): let the model answer held-out rows at each evaluation
         callbacks=None,
         progress=True,           # a line at each logging step
+        augment=None,            # picture -> picture, such as DocumentAugmentation(); rows that are trained on alone
         **kwargs):
         known = [p for p in inspect.signature(type(self)).parameters if p!='kwargs'] + [*_PASSED_ON]
         refuse_unknown({k:v for k,v in kwargs.items() if k not in _PASSED_ON}, known, type(self).__name__)
@@ -188,6 +189,8 @@ class VisionTrainer(Trainer):
             data_collator.max_seq_length = min(length, data_collator.max_seq_length) if data_collator.length_given else length
         elif formatting_func or max_seq_length is not None: raise TypeError("formatting_func and max_seq_length belong to the collator, which was given too.\n"
             "Try: VisionDataCollator(model, processor, max_seq_length=…, formatting_func=…).")
+        if augment is not None and not isinstance(data_collator, VisionDataCollator): raise TypeError(
+            f"augment needs the collator that opens the pictures.\nFound: data_collator={type(data_collator).__name__}.\nTry: VisionDataCollator(model, processor).")
         if isinstance(train_dataset, dict): raise ValueError(f"train_dataset is a dict of datasets.\nFound: {', '.join(map(str, train_dataset))}.\nTry: one of them.")
         check_apart(model, args.output_dir)
         self.eval_generation = EvalByGeneration() if eval_generation is True else eval_generation or None
@@ -202,10 +205,12 @@ class VisionTrainer(Trainer):
                          processing_class=processor, callbacks=callbacks, **kwargs)
         for callback in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK): self.remove_callback(callback)
         if progress: self.add_callback(StepLines())
+        self.augment,self.left_out = augment,{}                # row number -> why it was left out
+        self.add_callback(Rows(self))
         self._tokens,self._mark,self._paused,self._waited = 0,None,0.,0.  # since the last log: tokens read; its time; seconds of evaluation, and of waiting for rows
         self.packs = bool(getattr(args, 'packing', True)) and isinstance(data_collator, VisionDataCollator) and self.compute_loss_func is None and args.world_size==1
         gib = getattr(args, 'feature_cache_gib', None)
-        self.features = FeatureCache(free_gib()/4 if gib is None else gib) if self.packs and gib!=0 and looks_once(model, family_for(model)) else None
+        self.features = FeatureCache(free_gib()/4 if gib is None else gib) if self.packs and gib!=0 and not augment and looks_once(model, family_for(model)) else None
 
     def _measured(self, data, collator)->tuple:
         "What an evaluation will measure, without 'eval_'; empty where that cannot be said before."
@@ -244,22 +249,44 @@ def _get_train_sampler(self:VisionTrainer, train_dataset=None):
     return LengthGroups(lengths, self.args.train_batch_size, seed)
 
 # %% ../nbs/04_training.ipynb #4a55f871
+class Numbered(torch.utils.data.Dataset):
+    "Rows with their numbers, so that an error and a row that is left out have a name."
+    def __init__(self, rows): self.rows = rows
+    def __len__(self): return len(self.rows)
+    def __getitem__(self, i): return i,self.rows[i]
+
+class Rows(TrainerCallback):
+    "Tells the augmentation which epoch it is, and at the end which rows were left out."
+    def __init__(self, trainer): self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs): self.trainer.left_out = {}
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if hasattr(self.trainer.augment, 'set_epoch'): self.trainer.augment.set_epoch(int(state.epoch or 0))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if out := sorted(self.trainer.left_out.items()): logging.getLogger('vlm_ft').warning(
+            f"{len(out)} row{'s were' if len(out)>1 else ' was'} left out of training, since a picture could not be read:\n" + "\n".join(f"  row {n}: {text}" for n,text in out))
+
 @patch
 def get_train_dataloader(self:VisionTrainer):
-    "Transformers' loader; its batches are packed where `packs` says so."
-    collator = self.data_collator
-    if self.packs:
+    "Transformers' loader; its rows are numbered, and its batches packed where `packs` says so."
+    collator,data = self.data_collator,self.train_dataset
+    if isinstance(collator, VisionDataCollator):
         self.data_collator = copy.copy(collator)
-        self.data_collator.packing,self.data_collator.keyed = True,self.features is not None
+        self.data_collator.augment = self.augment
+        self.data_collator.packing,self.data_collator.keyed = self.packs,self.features is not None
+        if hasattr(data, '__len__') and not isinstance(data, torch.utils.data.IterableDataset): self.train_dataset,self.data_collator.numbered = Numbered(data),True
     try: return Trainer.get_train_dataloader(self)
-    finally: self.data_collator = collator
+    finally: self.data_collator,self.train_dataset = collator,data
 
 @patch
 def compute_loss(self:VisionTrainer, model, inputs, return_outputs=False, num_items_in_batch=None):
     "Transformers' loss; of a packed batch, ours."
     if 'row_bounds' not in inputs: return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
-    if self.features: inputs = with_features(model, inputs, family_for(model), self.features)
-    return packed_loss(model, inputs, num_items_in_batch)
+    with self.accelerator.autocast():                          # it wraps `forward` alone, which is not called here
+        if self.features: inputs = with_features(model, inputs, family_for(model), self.features)
+        return packed_loss(model, inputs, num_items_in_batch)
 
 def memory_advice(
     inputs:dict, # of the step that did not fit
@@ -288,6 +315,11 @@ def get_batch_samples(self:VisionTrainer, epoch_iterator, num_batches, device):
 def training_step(self:VisionTrainer, model, inputs, num_items_in_batch=None):
     "One forward and backward; its tokens are counted where they are, on the device."
     if self._mark is None: self._mark,self._waited = time.monotonic(),0.
+    if left := inputs.pop('left_out', None):
+        for n,text in left:
+            if n not in self.left_out: logging.getLogger('vlm_ft').warning(f"Left out, row {n}: {text}")
+            self.left_out[n] = text
+        if inputs['input_ids'].numel()==1: return torch.zeros((), device=self.args.device)    # nothing is left of this batch
     self._tokens = self._tokens + (inputs['attention_mask'].sum() if 'attention_mask' in inputs else inputs['input_ids'].numel())
     try:
         with packed(model, family_for(model)) if 'row_bounds' in inputs else nullcontext():   # a checkpointed block attends again in the backward pass
@@ -300,6 +332,7 @@ def log(self:VisionTrainer, logs, start_time=None):
     if 'loss' in logs and self._mark:
         now = time.monotonic()
         logs['tokens_per_second'] = round(float(self._tokens)/max(now-self._mark-self._paused, 1e-9), 1)
+        if self.left_out: logs['rows_left_out'] = len(self.left_out)
         logs['data_wait'] = round(self._waited/max(now-self._mark-self._paused, 1e-9), 3)
         self._tokens,self._mark,self._paused,self._waited = 0,now,0.,0.
     return Trainer.log(self, logs, start_time)

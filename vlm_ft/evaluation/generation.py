@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 from transformers import GenerationConfig
 from ..data import count_tokens, encode
-from ..messages import DataError, for_rows, split_prompt
+from ..messages import DataError, for_rows, split_prompt, to_messages
 from ..models.family import base_of, family_for, refuse_unknown
 from ..setup import pad_batch
 
@@ -76,7 +76,7 @@ def prompt_lengths(
     rows:list, processor, family, resize=None,
 )->list: # tokens of each prompt, but for the opening of the answer
     "How long every prompt is, from picture sizes alone; a `DataError` names every row that cannot be read."
-    return for_rows(lambda row: count_tokens(split_prompt(row)[0], processor, family, resize)['total'], rows)
+    return for_rows(lambda row: count_tokens({**to_messages(row), 'messages':split_prompt(row)[0]}, processor, family, resize)['total'], rows)
 
 class Countdown:
     "A line of progress with the time left: in place on a terminal, every ten seconds elsewhere."
