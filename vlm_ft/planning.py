@@ -255,10 +255,9 @@ def grown(
     "How a pass grows: packed, packed without checkpointing, and padded."
     family,n_loss = family_for(model),int((feature['labels']!=-100).sum())
     step = lambda how, saving, backward: lambda n: dry_step(model, mode, pack_batch([feature]*n, family) if how else pad_batch([feature]*n, family, pad_id), saving, backward)
-    bare = through(step(True, False, False), (1,4,16))
-    bent = any(abs(f(2)+f(4)-2*f(3)) > 1e-3*f(1) for f in bare.values() if f(1)>0)
-    saving,padded = (through(step(how, True, how or bent), (1,4,16) if bent else (2,4)) for how in (True,False))
-    if not bent: padded['working'] = saving['working']                         # the blocks are the same, and grow alike
+    at = (1,4,16) if family.masks_pictures else (1,4)
+    bare,saving,padded = (through(step(how, saving, backward), at) for how,saving,backward in ((True,False,False), (True,True,True), (False,True,family.masks_pictures)))
+    if not family.masks_pictures: padded['working'] = saving['working']                         # the blocks are the same, and grow alike
     packed_loss_ = functools.cache(lambda n: dry_head(model, mode, max(1, round(n*n_loss))))
     padded_loss = dry_head(model, mode, len(feature['input_ids']), False)
     return {(True,True):  Growth({**saving, 'loss':packed_loss_}), (True,False): Growth({**bare, 'loss':packed_loss_}), (False,True): Growth({**padded, 'loss':lambda n: n*padded_loss})}
@@ -275,7 +274,7 @@ class Plan:
     batch:int              # rows a pass that `parts` are for
     fits:dict              # (packed, checkpointing) -> rows a pass
     max_pixels:int|None    # in force
-    pixels_fit:int|None    # the largest area of a picture at which one row fits; None: no picture, or all that there are
+    pixels_fit:int|None    # where not one row fits: the area of a picture at which one does, if pictures are what is large
     longer:int             # rows over max_seq_length, of those counted
     max_seq_length:int
     seconds:dict           # of an epoch: 'step' and 'pictures'; empty where nothing was measured
@@ -442,7 +441,7 @@ def plan(
         seconds = dict(step=per_token*mean*len(rows), pictures=read*len(rows))
     return Plan(name, gpu_gib, len(rows) if data is not None else 0, len(chosen), summary,
                 [{'part':k, 'GiB':v, 'without checkpointing':parts[1][k]} for k,v in parts[0].items()], batch, fits, family.resolution(processor)['max_pixels'],
-                _pixels(longest, processor, family, lambda row: dry_step(net, mode, pack_batch([encode(row, processor, family)], family)), growth[True,True].total(1), room), sum(c['total']>max_seq_length for c in counts), max_seq_length, seconds)
+                None if fits[True,True] else _pixels(longest, processor, family, lambda row: dry_step(net, mode, pack_batch([encode(row, processor, family)], family)), growth[True,True].total(1), room), sum(c['total']>max_seq_length for c in counts), max_seq_length, seconds)
 
 def sample_row(family, processor)->dict:
     "A square picture as large as the bounds allow, up to a million pixels; a short question and answer."

@@ -90,6 +90,7 @@ class Family:
     template_names:tuple = ()                # what other libraries call the family's chat template
     batched_keys:tuple = ()                  # picture tensors that the processor gives a batch dimension
     picture_keys:tuple = ()                  # the inputs that hold pictures
+    masks_pictures = False                   # the model gets a mask of tokens by pictures: memory grows with their product
     packs:tuple = ()                         # module paths whose attention is told where the rows or pictures of a packed batch end
 
     def __init__(self, config): self.config = config

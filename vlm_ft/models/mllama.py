@@ -85,6 +85,7 @@ class Mllama(Family):
     image_token,image_tokens = '<|image|>',('<|image|>',)
     folds_system = 'with_images'
     picture_keys = ('pixel_values','aspect_ratio_ids','aspect_ratio_mask')
+    masks_pictures = True
     packs = (language,)                      # the tower sees one picture at a time
     batched_keys = ('pixel_values','aspect_ratio_ids','aspect_ratio_mask','cross_attention_mask')
 
