@@ -1,5 +1,5 @@
 "Pictures between a file and the model: another scan in training alone, a damaged file in the middle of an epoch, one size everywhere."
-import json, logging
+import logging
 
 import numpy as np
 import pytest
@@ -118,6 +118,9 @@ def test_skip_trains_what_is_left(tmp_path):
     assert any(d.abs().max()>0 for d in whole)
     damaged(tmp_path, n=4)
     assert not any(d.any() for d in after(rows[2:], damage))
+    trainer = trainer_of('qwen2_vl', tmp_path/'out', rows[:2], skip)
+    nothing = {**trainer.data_collator.batch([]), 'left_out':[(2,'a picture cannot be read.')]}
+    assert trainer.training_step(trainer.model, nothing, torch.tensor(0))==0 and not any(p.grad is not None for p in trainer.model.parameters())
 
 def test_evaluation_skips_nothing(tmp_path):
     rows,damage = damaged(tmp_path, n=2)
@@ -151,8 +154,6 @@ def test_one_size_everywhere(name, tmp_path):
     # a general bound is what plain transformers reads from the saved folder
     family.bound(processor, max_pixels=some); processor.save_pretrained(tmp_path/'one')
     plain = {'qwen2_vl':'Qwen2VLImageProcessorPil', 'mllama':'MllamaImageProcessorPil', 'pixtral':'PixtralImageProcessorPil'}[name]
-    import transformers.models as m
-    module = getattr(m, dict(qwen2_vl='qwen2_vl', mllama='mllama', pixtral='pixtral')[name])
     if name!='mllama':                                                                        # its bound on tiles is ours: transformers knows none
         from importlib import import_module
         theirs = getattr(import_module(f'transformers.models.{name}.image_processing_pil_{name}'), plain).from_pretrained(tmp_path/'one')

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PLANNED', 'CONTEXT', 'LOSS', 'Unpacked', 'PackedLinear', 'WideNorm', 'packed_bytes', 'hollow', 'standing',
-           'KernelAttention', 'planned_attention', 'Bytes', 'dry_step', 'dry_head', 'Growth', 'through', 'most_rows',
-           'grown', 'Plan', 'picture', 'planned_model', 'adapter_of', 'measure', 'plan', 'sample_row']
+           'KernelAttention', 'planned_attention', 'Bytes', 'half_products', 'dry_step', 'dry_head', 'Growth',
+           'through', 'most_rows', 'grown', 'Plan', 'picture', 'planned_model', 'adapter_of', 'measure', 'plan',
+           'sample_row']
 
 # %% ../nbs/planning.ipynb #05b8f9ca
 import base64, copy, dataclasses, functools, inspect, io, time, weakref
@@ -107,7 +108,7 @@ class KernelAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         q,k,v,_,_ = ctx.saved_tensors
-        sums = q.new_empty(q.shape, dtype=torch.float32)                       # the queries' gradients are summed in float32
+        _sums = q.new_empty(q.shape, dtype=torch.float32)                       # the queries' gradients are summed in float32
         return tuple(map(torch.empty_like, (q, k, v)))
 
 def planned_attention(module, query, key, value, attention_mask, row_bounds=None, cu_seq_lens_q=None, **kwargs):
@@ -155,6 +156,10 @@ class Bytes(TorchDispatchMode):
         return out
 
 # %% ../nbs/planning.ipynb #c69d716d
+def half_products(base):
+    "Products in 16 bit, as the trainer has them on a GPU unless told otherwise."
+    return torch.autocast('cpu', torch.float16 if base.dtype==torch.float16 else torch.bfloat16)
+
 def dry_step(
     model, mode,           # of `hollow`
     batch:dict,            # of `pack_batch` or `pad_batch`
@@ -177,7 +182,7 @@ def dry_step(
         within.enter_context(packed(model, family))
         if gpu:
             for part in family.packs: base.get_submodule(part).config._attn_implementation = PLANNED
-    if gpu: within.enter_context(torch.autocast('cpu', base.dtype))
+    if gpu: within.enter_context(half_products(base))
     with within, count:
         if 'row_bounds' in batch: loss = packed_loss(model, batch)
         else:
@@ -204,7 +209,7 @@ def dry_head(
         hidden = torch.empty(n_tokens, base.lm_head.weight.shape[1], dtype=base.dtype, requires_grad=True)
         labels = torch.empty(n_tokens, dtype=torch.long)
         count = Bytes([hidden, labels, base.lm_head.weight])
-        with count, torch.autocast('cpu', base.dtype):
+        with count, half_products(base):
             if packing: supervised_loss(hidden, base.lm_head.weight, labels).backward()
             else:
                 logits = base.lm_head(hidden[None])
@@ -308,24 +313,26 @@ class Plan:
 
 def _span(seconds:float)->str:
     "A time as a person says it."
-    return f"{seconds:.0f} s" if seconds<100 else f"{seconds/60:.0f} min" if seconds<6000 else f"{seconds/3600:.1f} h"
+    return f"{seconds:.2g} s" if seconds<100 else f"{seconds/60:.0f} min" if seconds<6000 else f"{seconds/3600:.1f} h"
 
 # %% ../nbs/planning.ipynb #bf7deaaa
 def picture(self):
     "A bar for each way to keep activations, and what the GPU has."
     from matplotlib.figure import Figure
     from PIL import Image
-    names = [p['part'] for p in self.parts]
-    colours = ['#4c5f7a','#8aa0bf','#b5c3d6','#d5dde8','#e8b04a','#d9822b','#b8502f','#cccccc']
+    colours = ['#4c5f7a','#8aa0bf','#b5c3d6','#d5dde8','#e8b04a','#d9822b','#b8502f','#8c3b2a','#cccccc']
+    sums = {k: sum(p[k] for p in self.parts) for k in ('without checkpointing','GiB')}
+    edge = 1.15*max(self.gpu_gib, sums['GiB'], min(sums['without checkpointing'], 1.6*self.gpu_gib))   # a bar that is far too long is cut off
     fig = Figure((9, 2.6), dpi=100, layout='constrained'); ax = fig.subplots()
-    for y,key in enumerate(('without checkpointing','GiB')):
+    for y,(key,whole) in enumerate(sums.items()):
         left = 0
-        for p,c in zip(self.parts, colours): ax.barh(y, p[key], left=left, color=c, label=p['part'] if y else None, height=.6); left += p[key]
-        ax.text(left, y, f' {left:.1f} GiB', va='center')
-    ax.axvline(self.gpu_gib, color='black', ls='--', lw=1); ax.text(self.gpu_gib, 1.42, f' {self.gpu_gib:g} GiB', va='bottom')
-    ax.set_yticks([0, 1], ['without\ncheckpointing', 'with']); ax.set_xlim(0, 1.15*max(self.gpu_gib, *(sum(p[k] for p in self.parts) for k in ('GiB','without checkpointing'))))
-    ax.set_title(f"{self.batch} row{'s'*(self.batch!=1)} a pass", loc='left', fontsize=10)
-    ax.spines[['top','right']].set_visible(False); ax.legend(ncols=4, loc='upper center', bbox_to_anchor=(.5, -.12), frameon=False, fontsize=8)
+        for p,c in zip(self.parts, colours, strict=True): ax.barh(y, p[key], left=left, color=c, label=p['part'] if y else None, height=.6); left += p[key]
+        cut = whole>.9*edge
+        ax.text(min(whole, edge), y, f"{whole:.1f} GiB →  " if whole>edge else f" {whole:.1f} GiB", va='center', ha='right' if cut else 'left', color='white' if whole>edge else 'black')
+    ax.axvline(self.gpu_gib, color='black', ls='--', lw=1)
+    ax.set_yticks([0, 1], ['without\ncheckpointing', 'with']); ax.set_xlim(0, edge)
+    ax.set_title(f"{self.batch} row{'s'*(self.batch!=1)} a pass; the line is what the GPU has, {self.gpu_gib:g} GiB", loc='left', fontsize=10)
+    ax.spines[['top','right']].set_visible(False); ax.legend(ncols=5, loc='upper center', bbox_to_anchor=(.5, -.12), frameon=False, fontsize=8)
     out = io.BytesIO(); fig.savefig(out, format='png')
     return Image.open(out)
 Plan.picture = picture
@@ -342,7 +349,7 @@ def planned_model(model, processor, loading:dict, choice:dict, max_seq_length, t
         def adapt(m):
             m.full_finetuning = loading['full_finetuning']
             return adapter_of(m, source.adapter) if source.adapter else get_peft_model(m, random_state=None, **choice)
-        return str(model), config, processor or load_processor(family, source.processor, trust_remote_code), 16 if not made else 4 if made.get('load_in_4bit') else 8, tuple((made or {}).get('llm_int8_skip_modules') or ['lm_head']), adapt, torch.bfloat16
+        return Path(model).name, config, processor or load_processor(family, source.processor, trust_remote_code), 16 if not made else 4 if made.get('load_in_4bit') else 8, tuple((made or {}).get('llm_int8_skip_modules') or ['lm_head']), adapt, torch.bfloat16
     base = base_of(model)
     if processor is None: raise TypeError("A loaded model is planned for with its processor.\nFound: processor=None.\nTry: plan(model, rows, processor=processor, gpu_gib=24).")
     bits = quantized_modules(model)

@@ -9,7 +9,8 @@ __all__ = ['as_shown', 'Resolutions', 'show_resolutions']
 import io
 import numpy as np
 from PIL import Image, ImageDraw
-from .data import as_family, count_tokens, encode, pictures_of, reader
+from .data import as_family, count_tokens, encode, pictures_of
+from .lora import get_peft_model
 from .messages import open_image, to_messages
 from .packing import pack_batch
 from .planning import dry_step, hollow
@@ -75,7 +76,6 @@ def show_resolutions(
     return Resolutions(lines, sheet)
 
 def _adapted(model):
-    from vlm_ft.lora import get_peft_model
     return get_peft_model(model, r=16)
 
 def _part(im, width:int, crop:bool):

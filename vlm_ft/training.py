@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_model', 'check_args', 'checkpoint_bytes', 'check_room', 'StepLines', 'EvalByGeneration', 'as_rows',
-           'check_dataset', 'row_of', 'processor_of', 'VisionTrainer', 'LengthGroups', 'Numbered', 'Rows',
+           'check_dataset', 'row_of', 'processor_of', 'Numbered', 'Rows', 'VisionTrainer', 'LengthGroups',
            'memory_advice', 'TimeBudget', 'same_rng', 'find_checkpoint', 'saved_shapes', 'check_checkpoint',
            'check_unfinished', 'own_shapes', 'load_whole']
 
@@ -162,6 +162,26 @@ def processor_of(model, processing_class, tokenizer, collator):
         f"This model is trained with a {family_for(model).processor_class}.\nFound: a {type(processor).__name__}.\nTry: the second thing that from_pretrained returned.")
     return processor
 
+# %% ../nbs/04_training.ipynb #6774044c
+class Numbered(torch.utils.data.Dataset):
+    "Rows with their numbers, so that an error and a row that is left out have a name."
+    def __init__(self, rows): self.rows = rows
+    def __len__(self): return len(self.rows)
+    def __getitem__(self, i): return i,self.rows[i]
+
+class Rows(TrainerCallback):
+    "Tells the augmentation which epoch it is, and at the end which rows were left out."
+    def __init__(self, trainer): self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs): self.trainer.left_out = {}
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if hasattr(self.trainer.augment, 'set_epoch'): self.trainer.augment.set_epoch(int(state.epoch or 0))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if out := sorted(self.trainer.left_out.items()): logging.getLogger('vlm_ft').warning(
+            f"{len(out)} row{'s were' if len(out)>1 else ' was'} left out of training, since a picture could not be read:\n" + "\n".join(f"  row {n}: {text}" for n,text in out))
+
 # %% ../nbs/04_training.ipynb #88c89e68
 _PASSED_ON = ('compute_loss_func','compute_metrics','optimizers','optimizer_cls_and_kwargs','preprocess_logits_for_metrics')  # to transformers' Trainer
 
@@ -249,25 +269,6 @@ def _get_train_sampler(self:VisionTrainer, train_dataset=None):
     return LengthGroups(lengths, self.args.train_batch_size, seed)
 
 # %% ../nbs/04_training.ipynb #4a55f871
-class Numbered(torch.utils.data.Dataset):
-    "Rows with their numbers, so that an error and a row that is left out have a name."
-    def __init__(self, rows): self.rows = rows
-    def __len__(self): return len(self.rows)
-    def __getitem__(self, i): return i,self.rows[i]
-
-class Rows(TrainerCallback):
-    "Tells the augmentation which epoch it is, and at the end which rows were left out."
-    def __init__(self, trainer): self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs): self.trainer.left_out = {}
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        if hasattr(self.trainer.augment, 'set_epoch'): self.trainer.augment.set_epoch(int(state.epoch or 0))
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if out := sorted(self.trainer.left_out.items()): logging.getLogger('vlm_ft').warning(
-            f"{len(out)} row{'s were' if len(out)>1 else ' was'} left out of training, since a picture could not be read:\n" + "\n".join(f"  row {n}: {text}" for n,text in out))
-
 @patch
 def get_train_dataloader(self:VisionTrainer):
     "Transformers' loader; its rows are numbered, and its batches packed where `packs` says so."
