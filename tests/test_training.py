@@ -202,3 +202,14 @@ def test_a_run_that_is_looked_at_is_the_same_run(name, tmp_path, capsys, monkeyp
         assert len(looked[2].history())==len(plain[0])>2
     said = capsys.readouterr().out
     assert 'Out of memory in an evaluation: going on with 1' in said and 'Out of memory with 3 rows at a time' in said
+
+@pytest.mark.parametrize('packing', (True, False))
+def test_half_precision_reaches_the_model(packing, tmp_path, monkeypatch):
+    "With bf16 a 16-bit model's adapters, which are float32, run in one operation with their layers: products in 16 bit, packed or not."
+    from vlm_ft.kernels.lora import FusedLora
+    model,processor = tiny('qwen2_vl', torch.bfloat16)
+    model,plain,found = get_peft_model(model, r=4),FusedLora.plain,[]
+    monkeypatch.setattr(FusedLora, 'plain', lambda *args: found.append(plain(*args)) or found[-1])
+    args = VisionTrainingArguments(tmp_path, packing=packing, bf16=True, **ONE_STEP)
+    VisionTrainer(model, args, train_dataset=ROWS[:2], processing_class=processor, progress=False).train()
+    assert found and all(found)

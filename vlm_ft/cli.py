@@ -225,13 +225,14 @@ def plan(a):
     "Say what a run takes in memory, and which batch fits; from small files alone, without weights."
     from vlm_ft.planning import plan as planned
     print("Running a step without data, forward and backward: some tens of seconds for a large model.", file=sys.stderr, flush=True)
-    found = planned(a.model, a.data, gpu_gib=a.gpu_gib, batch=a.batch, max_seq_length=a.max_seq_length, min_pixels=a.min_pixels, max_pixels=a.max_pixels, load_in_4bit=a.load_in_4bit, load_in_8bit=a.load_in_8bit,
+    found = planned(a.model, a.data and rows_of(a, a.data), gpu_gib=a.gpu_gib, batch=a.batch, max_seq_length=a.max_seq_length, min_pixels=a.min_pixels, max_pixels=a.max_pixels, load_in_4bit=a.load_in_4bit, load_in_8bit=a.load_in_8bit,
                     full_finetuning=a.full, r=a.r, finetune_vision_layers=not a.no_vision, finetune_language_layers=not a.no_language, finetune_attention_modules=not a.no_attention, finetune_mlp_modules=not a.no_mlp)
     print(found)
     if a.picture: found.picture().save(a.picture); print(f"\nThe picture is in {a.picture}.")
 
 def plan_options(p):
-    p.add_argument('model', help='folder or hub id of a base or an adapter'); p.add_argument('--data', help='rows: a .jsonl file; without it, a row with one picture')
+    p.add_argument('model', help='folder or hub id of a base or an adapter'); p.add_argument('--data', help='rows: a file, a folder, or owner/name:split of the hub; without it, a row with one picture')
+    row_options(p)
     p.add_argument('--gpu-gib', type=float, help="memory of the GPU; the default is this machine's"); p.add_argument('--batch', type=int, help='rows a pass that are shown by part; the default is as many as fit')
     p.add_argument('--load-in-4bit', action='store_true'); p.add_argument('--load-in-8bit', action='store_true'); p.add_argument('--full', action='store_true', help='whole weights train, no adapter')
     p.add_argument('--r', type=int, default=16, help='rank of the adapter'); p.add_argument('--max-seq-length', type=int, default=2048, help='tokens of the longest row, image tokens included')

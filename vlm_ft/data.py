@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['control_tokens', 'refuse_control', 'fold_system', 'render', 'supervised_mask', 'answer_mask', 'as_family',
-           'pictures_of', 'costs', 'count_tokens', 'smaller_budget', 'refuse_long', 'pixels_of', 'encode',
-           'Supervision', 'supervision', 'show_supervised', 'check_row', 'check_rows']
+           'pictures_of', 'costs', 'reader', 'count_tokens', 'smaller_budget', 'refuse_long', 'PictureError',
+           'pixels_of', 'as_seen', 'encode', 'Supervision', 'supervision', 'show_supervised', 'check_row', 'check_rows']
 
 # %% ../nbs/02_data.ipynb #d468deab
-import copy, html, re, sys
+import html, re, sys
 from array import array
 import torch
 from torch import Tensor
@@ -106,13 +106,19 @@ def costs(sizes:list, processor, family)->list[ImageTokens]:
             raise wrong("a picture has a shape that the processor refuses.", f"{size[0]}x{size[1]} pixels: {e}", "crop it, or leave the row out.") from e
     return for_rows(cost, sizes, numbered=False)
 
+def reader(processor, row:dict, family):
+    "The processor as it reads a row; `DataError` for a bound that the family cannot keep."
+    try: return family.reader(processor, row)
+    except ValueError as e: raise wrong("max_pixels cannot be kept.", f"max_pixels={row.get('max_pixels')}: {e}", "another max_pixels for this row.") from e
+
 def count_tokens(
     row, processor,
     family,      # or the model
     resize=None, # as for `encode`
 )->dict:         # text, image, cross (keys of cross-attention), total = text + image
     "Exactly the tokens that `encode` makes of a row, without decoding a pixel."
-    messages,family = to_messages(row)['messages'],as_family(family)
+    row,family = to_messages(row),as_family(family)
+    messages,processor = row['messages'],reader(processor, row, family)
     each = costs([fit(image_size(src), resize) for src in pictures_of(messages)], processor, family)
     text = len(_ids(render(messages, processor, family), processor)) - len(each)
     image = sum(c.text for c in each)
@@ -125,12 +131,10 @@ def smaller_budget(
     processor, family,
 )->int|None:    # None: no budget does it
     "The largest `max_pixels`, in steps of a tenth, with which pictures fit."
-    trial = copy.copy(processor)
-    trial.image_processor = copy.copy(processor.image_processor)
     budget = min(family.resolution(processor)['max_pixels'], max(w*h for w,h in sizes)) if sizes else 0
     while (budget := int(budget*0.9)):
         try:
-            family.set_resolution(trial, max_pixels=budget)
+            trial = family.bounded(processor, budget)
             if sum(family.n_image_tokens(trial, size).text for size in sizes) <= room: return budget
         except ValueError: return None
     return None
@@ -148,10 +152,21 @@ def refuse_long(
                 f"max_seq_length={n}" + (f", or max_pixels={budget} for fewer image tokens." if budget else "."))
 
 # %% ../nbs/02_data.ipynb #a288e33e
+class PictureError(DataError):
+    "A picture that cannot be read."
+
 def pixels_of(messages:list, resize=None)->list:
     "A conversation's pictures, opened and fitted; every one that cannot be read is in the error."
-    images = for_rows(open_image, pictures_of(messages), numbered=False)
+    try: images = for_rows(open_image, pictures_of(messages), numbered=False)
+    except DataError as e: raise PictureError(e.problems) from e
     return [im if (size := fit(im.size, resize))==im.size else im.resize(size, Image.Resampling.LANCZOS) for im in images]
+
+def as_seen(im, processor, family):
+    "A picture no larger than the model will see it, and of the same cost: what is drawn on it then is not shrunk away."
+    try: size = family.seen(processor, im.size).size
+    except ValueError: return im                                                 # refused with its reason by `costs`
+    if size[0]*size[1] >= im.width*im.height or family.n_image_tokens(processor, size)!=family.n_image_tokens(processor, im.size): return im
+    return im.resize(size, Image.Resampling.LANCZOS)
 
 def encode(
     row, processor, family,
@@ -159,13 +174,16 @@ def encode(
     train_on='answers',           # or 'text': everything but image placeholders
     prompt_only=False,            # without the last answer, ready to generate it; no labels
     resize=None,                  # longest side in pixels, or (width, height) to fit into; None or 'min': the processor decides alone
+    augment=None,                 # PIL picture -> another of the same size, such as DocumentAugmentation
 )->dict:                          # tensors without a batch dimension: input_ids, labels, the family's own
     "One row as the model reads it; `DataError` for one that it would read wrongly."
     if train_on not in ('answers','text'):
         raise ValueError(f"train_on={train_on!r} is neither 'answers' nor 'text'.{nearest(train_on, ('answers','text'))}")
     row,resize = to_messages(row),box_of(resize)
+    processor = reader(processor, row, family)
     messages = split_prompt(row)[0] if prompt_only else row['messages']
     text,images = render(messages, processor, family, prompt_only),pixels_of(messages, resize)
+    if augment: images = [augment(as_seen(im, processor, family)) for im in images]
     costs([im.size for im in images], processor, family)                     # refuses shapes that the processor would fail on
     out = processor(images=images or None, text=[text], add_special_tokens=False, return_tensors='pt')
     batched = {'input_ids', *family.pad_values, *family.batched_keys}
@@ -194,7 +212,7 @@ def supervision(
     "What of a row is trained on, as an object."
     row,family = to_messages(row),as_family(family)
     out = encode(row, processor, family, train_on=train_on, resize=resize)
-    each = costs([fit(image_size(src), resize) for src in pictures_of(row['messages'])], processor, family)
+    each = costs([fit(image_size(src), resize) for src in pictures_of(row['messages'])], reader(processor, row, family), family)
     ids,mask,t = out['input_ids'].tolist(),(out['labels']!=-100).tolist(),processor.tokenizer
     picture,pieces,i = t.convert_tokens_to_ids(family.image_token),[],0
     while i<len(ids):
@@ -217,7 +235,8 @@ def show_supervised(
 # %% ../nbs/02_data.ipynb #5c2db8bc
 def check_row(row, processor, family, max_seq_length=None, resize=None, decode=True)->dict:
     "One row's counts; `DataError` with everything that is wrong with it."
-    messages,problems = to_messages(row)['messages'],[]
+    row = to_messages(row)
+    messages,processor,problems = row['messages'],reader(processor, row, family),[]
     def tried(f, *args):
         try: return f(*args)
         except DataError as e: problems.extend(e.problems)

@@ -19,7 +19,7 @@ from .data import as_family, check_row, pictures_of, smaller_budget
 from .duplicates import near_pairs
 from .evaluation.generation import Countdown
 from .evaluation.report import visible
-from .loading import check_pixels, load_processor, plan
+from .loading import check_pixels, load_processor, settle
 from .messages import DataError, box_of, fit
 from .readers import open_rows
 from .rows import Rows
@@ -261,13 +261,12 @@ def reader_of(model, processor=None, max_seq_length=None, min_pixels=None, max_p
     if isinstance(model, (str,Path)):
         source = find(str(model))
         max_seq_length = max_seq_length or 2048
-        family,*_ = plan(source, max_seq_length, None, None, False, False)
+        family,*_ = settle(source, max_seq_length, None, None, False)
         processor = processor or load_processor(family, source.processor)
     elif processor is None: raise TypeError(f"A loaded model needs its processor beside it.\nFound: model={type(model).__name__} alone.\nTry: check_data(rows, model, processor), or the model's folder.")
     else: family,max_seq_length = as_family(model),max_seq_length or getattr(base_of(model), 'max_seq_length', None) or 2048
     if (min_pixels,max_pixels)!=(None,None):
-        processor = copy.copy(processor); processor.image_processor = copy.copy(processor.image_processor)
-        family.set_resolution(processor, min_pixels, max_pixels)
+        processor = family.bounded(processor, min_pixels, max_pixels)
     return processor,family,max_seq_length
 
 def check_data(

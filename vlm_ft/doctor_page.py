@@ -13,7 +13,8 @@ from fastcore.basics import patch
 import numpy as np
 from .data import pictures_of, supervision
 from .doctor import NUMBERS, Checkup, Finding, check_data
-from .evaluation.report import PAGE, STYLE, data_uri, thumbnail, visible, write_whole
+from .evaluation.page import STYLE, document
+from .evaluation.report import data_uri, thumbnail, visible, write_whole
 from .messages import DataError
 
 # %% ../nbs/doctor_page.ipynb #46bf1bc0
@@ -116,11 +117,11 @@ def trained_html(c:Checkup)->str:
 def checkup_html(c:Checkup)->str:
     "A checkup as HTML, the same in a notebook and on a page."
     found = ''.join(finding_html(f, c.shown) for f in c.sorted())
-    return (f'<style>{STYLE}{LOOK}</style><div class="vlm-doctor"><p class="verdict {"error" if c.refused() else ""}">{escape(c.verdict())}</p><p class="soft">{escape(visible(c.headline()))}</p>'
+    return (f'<style>{LOOK}</style><div class="vlm-doctor"><p class="verdict {"error" if c.refused() else ""}">{escape(c.verdict())}</p><p class="soft">{escape(visible(c.headline()))}</p>'
             f'{f"<h2>Findings</h2>{found}" if found else ""}{numbers_html(c)}{trained_html(c)}{answers_html(c)}</div>')
 
 @patch
-def _repr_html_(self:Checkup): return f'<div class="vlm-report">{checkup_html(self)}</div>'
+def _repr_html_(self:Checkup): return f'<style>{STYLE}</style><div class="vlm-report">{checkup_html(self)}</div>'
 
 @patch
 def page(self:Checkup,
@@ -128,4 +129,4 @@ def page(self:Checkup,
     title='Checkup',
 )->Path:                    # where it is
     "One HTML file with everything in it. No script, nothing from a network."
-    return write_whole(path, PAGE.format(title=escape(title), body=checkup_html(self)).encode('utf-8', 'replace'))
+    return write_whole(path, document(title, checkup_html(self)).encode('utf-8', 'replace'))

@@ -6,7 +6,7 @@
 __all__ = ['is_bf16_supported', 'wanted_device', 'wanted_place', 'wanted_dtype', 'wanted_bits', 'quantization', 'agreed_bits',
            'quantized_modules', 'part_of', 'n_parameters', 'n_bytes', 'describe', 'keep_inputs_frozen', 'for_training',
            'for_inference', 'at_rest', 'refuse_extras', 'check_length', 'check_pixels', 'check_checkpointing',
-           'refuse_unadapted', 'plan', 'load_processor', 'load_weights', 'load_adapter', 'FastVisionModel',
+           'refuse_unadapted', 'settle', 'load_processor', 'load_weights', 'load_adapter', 'FastVisionModel',
            'from_pretrained']
 
 # %% ../nbs/00_loading.ipynb #4393b61e
@@ -270,7 +270,7 @@ def refuse_unadapted(
     if kind in known_types(): return
     family_for(SimpleNamespace(model_type=kind if isinstance(kind, str) else None, architectures=[str(a) for a in named] if isinstance(named, list) else None))
 
-def plan(source:Source, max_seq_length, bits, dtype, trust_remote_code, **how):
+def settle(source:Source, max_seq_length, bits, dtype, trust_remote_code, **how):
     "(family, config, quantisation) of a checkpoint from its small files."
     from transformers import AutoConfig
     check_folder(source.folder, weights=False); refuse_unadapted(source.folder, trust_remote_code)
@@ -349,7 +349,7 @@ def from_pretrained(
     load_in_4bit=False, load_in_8bit=False, load_in_16bit=False,
     full_finetuning=False,     # whole weights train, no adapter
     use_gradient_checkpointing=True, # in training; 'unsloth' means True
-    min_pixels:int|None=None, max_pixels:int|None=None, # bounds of a picture's area
+    min_pixels:int|None=None, max_pixels=None, # bounds of a picture's area; max_pixels may be a dict by task
     quantize_vision=False,     # 8 or 4 bit for the vision tower too, 4 bit for the projector
     bnb_4bit_quant_type='nf4', # or 'fp4'
     bnb_4bit_use_double_quant=True, # in 4 bit, scales quantised too
@@ -362,12 +362,12 @@ def from_pretrained(
     refuse_extras(extras, inspect.signature(from_pretrained).parameters, 'from_pretrained', _ELSEWHERE)
     bits,dtype = wanted_bits(load_in_4bit, load_in_8bit, load_in_16bit, full_finetuning, dtype),wanted_dtype(dtype)
     place = wanted_place(device, device_map)
-    check_checkpointing(use_gradient_checkpointing); check_pixels(min_pixels=min_pixels, max_pixels=max_pixels)
+    check_checkpointing(use_gradient_checkpointing); check_pixels(min_pixels=min_pixels, **max_pixels if isinstance(max_pixels, dict) else dict(max_pixels=max_pixels))
     source = find(model_name, token, revision, trust_remote_code)
     if full_finetuning and source.adapter: raise ValueError(f"full_finetuning=True trains whole weights, and {model_name} is an adapter.\nTry: merge it first, or leave full_finetuning out.")
-    family,config,how = plan(source, max_seq_length, bits, dtype, trust_remote_code, quantize_vision=quantize_vision, quant_type=bnb_4bit_quant_type, double_quant=bnb_4bit_use_double_quant)
+    family,config,how = settle(source, max_seq_length, bits, dtype, trust_remote_code, quantize_vision=quantize_vision, quant_type=bnb_4bit_quant_type, double_quant=bnb_4bit_use_double_quant)
     processor = load_processor(family, source.processor, trust_remote_code)
-    family.set_resolution(processor, min_pixels, max_pixels)
+    family.bound(processor, min_pixels, max_pixels)
     fetched(source.base, WEIGHT_FILES, token, source.revision)
     check_folder(source.folder)
     model = load_weights(source, config, family, dtype, how, place, attn_implementation)

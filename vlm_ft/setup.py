@@ -6,13 +6,13 @@
 __all__ = ['pad_batch', 'VisionDataCollator', 'batch_cost', 'VisionTrainingArguments']
 
 # %% ../nbs/03_setup.ipynb #3f5fe404
-import dataclasses, functools, inspect, numbers, re, warnings
+import dataclasses, functools, inspect, logging, numbers, re, warnings
 import torch
 from transformers.training_args import TrainingArguments
-from .data import check_rows, encode
+from .data import PictureError, check_rows, encode
 from .loading import check_length, is_bf16_supported
 from .messages import DataError, box_of, for_rows
-from .models.family import base_of, family_for, refuse_unknown
+from .models.family import base_of, family_for, nearest, refuse_unknown
 from .features import image_keys
 from .packing import pack_batch
 
@@ -39,6 +39,8 @@ class VisionDataCollator:
     "Rows in, a padded batch with labels out; for our trainer, TRL's, or any DataLoader."
     packing = False   # True: a packed batch, for a model that attends within rows (our trainer sets both, on a copy)
     keyed = False     # True: with its pictures' keys, for a trainer that keeps their features
+    numbered = False  # True: examples come as (number, example), and what was left out goes with the batch (our trainer sets it)
+    augment = None    # PIL picture -> PIL picture, such as DocumentAugmentation (our trainer sets it, for training alone)
 
     def __init__(self,
         model,                          # a supported model, PEFT-wrapped or not; only its config is kept
@@ -50,6 +52,7 @@ class VisionDataCollator:
         train_on_responses_only=True,   # False: all text but image placeholders
         instruction_part=None,          # text that opens a user's turn
         response_part=None,             # text that opens an assistant's turn
+        on_bad_picture='error',         # or 'skip': a row whose picture cannot be read is left out of its batch, and said
         **kwargs):
         refuse_unknown(kwargs, [n for n in inspect.signature(VisionDataCollator).parameters if n!='kwargs'], 'VisionDataCollator')
         if not hasattr(processor, 'tokenizer') or not hasattr(processor, 'image_processor'):
@@ -64,19 +67,41 @@ class VisionDataCollator:
         self.resize,self.train_on = box_of(resize),'answers' if train_on_responses_only else 'text'
         if ignore_index!=-100: raise ValueError(f"The models' losses ignore the label -100 alone.\nFound: ignore_index={ignore_index}.\nTry: leave it out.")
         _same_markers(instruction_part, response_part, processor, self.family)
+        if on_bad_picture not in ('error','skip'):
+            raise ValueError(f"on_bad_picture must be 'error' or 'skip'.\nFound: {on_bad_picture!r}.{nearest(on_bad_picture, ('error','skip'))}")
+        self.on_bad_picture = on_bad_picture
 
     def row(self, example):
         "An example of the dataset as a row."
+        if self.numbered: example = example[1]
         return self.formatting_func(example) if self.formatting_func else example
 
     def encode(self, example)->dict:
         "One example as the model reads it."
-        return encode(self.row(example), self.processor, self.family, self.max_seq_length, self.train_on, resize=self.resize)
+        return encode(self.row(example), self.processor, self.family, self.max_seq_length, self.train_on, resize=self.resize, augment=self.augment)
 
     def __call__(self, examples:list)->dict:
         if not len(examples): raise DataError("there is no row to make a batch of.\nFound: an empty list.\nTry: at least one row.")
-        try: features = for_rows(self.encode, examples)
-        except DataError as e: raise DataError([(i, f"(counted within its batch) {text}") for i,text in e.problems]) from e
+        left_out = []
+        def read(at):
+            try: return self.encode(examples[at])
+            except PictureError as e:
+                if self.on_bad_picture=='error': raise
+                left_out.append((self.number(examples, at), e.problems[0][1]))
+        try: features = [f for f in for_rows(read, range(len(examples))) if f]
+        except DataError as e: raise DataError([(self.number(examples, i), text if self.numbered else f"(counted within its batch) {text}") for i,text in e.problems]) from e
+        if self.numbered: return {**self.batch(features), **({'left_out':left_out} if left_out else {})}
+        for n,text in left_out: logging.getLogger('vlm_ft').warning(f"Left out, row {n} of its batch: {text}")
+        if not features: raise DataError([(n, f"(counted within its batch) {text}") for n,text in left_out])
+        return self.batch(features)
+
+    def number(self, examples, at:int)->int:
+        "An example's number: in the dataset where that is known, else in its batch."
+        return examples[at][0] if self.numbered else at
+
+    def batch(self, features:list)->dict:
+        "Encoded rows as one batch; where none is left, a token that carries no loss."
+        if not features: return dict(input_ids=torch.zeros(1, 1, dtype=torch.long), labels=torch.full((1, 1), -100), attention_mask=torch.ones(1, 1, dtype=torch.long))
         if not self.packing: return pad_batch(features, self.family, self.pad_id)
         batch = pack_batch(features, self.family)
         return {**batch, 'image_keys':image_keys(batch, self.family)} if self.keyed else batch

@@ -14,7 +14,9 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image
 from ..data import pictures_of
-from ..messages import DataError,_lines,load_rows
+from ..messages import DataError
+from ..readers import load_rows
+from ..rows import JsonLines,Rows,json_file
 from .certainty import Difference,difference,interval,rate,ratio
 from .metrics import LOWER_IS_BETTER,MEASURES,METRICS,accepted_answers,buckets,groups_of,metric_for
 from .text import clean,closest,edit_ops,refuse_rows
@@ -43,7 +45,9 @@ def read_predictions(
     path, # .jsonl or .json file of texts, of {'prediction': text}, or as `predict` appends them
 )->list:
     "Answers from a file, in the rows' order; None for a row that it lacks."
-    lines = [json.loads(x) if isinstance(x, str) and Path(path).suffix=='.jsonl' else x for _,x in _lines(Path(path))]
+    if not Path(path).is_file(): raise FileNotFoundError(f"There is no file {str(path)!r} of answers.")
+    lines = list(JsonLines(path) if Path(path).suffix=='.jsonl' else json_file(path))
+    if not lines: raise ValueError(f"{Path(path).name!r} holds no answers.")
     if not (isinstance(lines[0], dict) and 'made_by' in lines[0]): return [x.get('prediction') if isinstance(x, dict) else x for x in lines]
     from vlm_ft.evaluation.generation import Answers
     done = {l['row']:l for l in lines[1:]}
@@ -64,21 +68,21 @@ def one_each(
 
 # %% ../../nbs/evaluation/compare.ipynb #0074b35e
 def read_data(
-    data,                # rows with answers, or the path of a .jsonl file
+    data,                # rows with answers: as for `load_rows`
     groups=None,         # a label for each row, a function row -> label, the name of a field, or None: rows that show the same picture
     limit:int|None=None, # only the first rows
 )->tuple:                # (rows in message form, group of each)
     "Rows to compare on; what is wrong with them is said at once."
-    raw = [json.loads(x) if isinstance(x, str) else x for _,x in _lines(Path(data))] if isinstance(data, (str,Path)) else data
-    if not len(raw): raise ValueError("A comparison needs rows: found 0. Pass at least one.")
     rows = load_rows(data)
+    if not len(rows): raise ValueError("A comparison needs rows: found 0. Pass at least one.")
     refuse_rows("A row to be scored has 'answers', or ends in a message of the assistant.", {i:list(r) for i,r in enumerate(rows) if not accepted_answers(r)})
     if isinstance(groups, str):
+        raw = [rows.record(i) for i in range(len(rows))] if isinstance(rows, Rows) else list(data)
         refuse_rows(f"With groups={groups!r} every row needs that field.", {i:list(r) for i,r in enumerate(raw) if not isinstance(r, dict) or groups not in r})
         groups = [json.dumps(r[groups], default=str) for r in raw]
     labels = groups_of(rows, groups)
     number = {k:i for i,k in enumerate(dict.fromkeys(labels))}
-    return rows[:limit],np.array([number[k] for k in labels])[:limit]
+    return list(rows[:limit]),np.array([number[k] for k in labels])[:limit]
 
 # %% ../../nbs/evaluation/compare.ipynb #bd591fc5
 def verdict(
@@ -118,7 +122,7 @@ def confusions(
 class Comparison:
     "What several models answered to the same rows and what it is worth; all are compared with the first."
     def __init__(self,
-        data,                # rows with answers, or the path of a .jsonl file
+        data,                # rows with answers: as for `load_rows`
         predictions:dict,    # name -> one text for each row
         groups=None,         # rows that are not independent, as for `read_data`
         title:str|None=None, # of the page

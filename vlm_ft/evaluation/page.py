@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LIGHT', 'DARK', 'STYLE', 'SHAPES', 'NAMES', 'TITLES', 'KINDS', 'SCRIPT', 'PAGE', 'MARKED', 'contrast', 'shape',
            'top_of', 'plot', 'between', 'called', 'scores_html', 'parts_html', 'sign', 'confusions_html', 'marked_html',
-           'did', 'Thumbnails', 'row_html', 'tools_html', 'page_html', 'cell_html']
+           'did', 'Thumbnails', 'row_html', 'tools_html', 'document', 'page_html', 'cell_html']
 
 # %% ../../nbs/evaluation/page.ipynb #3606da7a
 import base64,hashlib
@@ -310,10 +310,19 @@ def tools_html(c, orders:list)->str:
 # %% ../../nbs/evaluation/page.ipynb #d76cbba4
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src '{policy}'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'{policy}">
 <title>{title}</title><style>body {{ margin:0; background:{light} }} @media (prefers-color-scheme:dark) {{ body {{ background:{dark} }} }}{style}</style></head>
-<body><main class="vlm-report"><h1>{title}</h1>{body}</main><script>{script}</script></body></html>
+<body><main class="vlm-report"><h1>{title}</h1>{body}</main>{script}</body></html>
 """
+def document(
+    title:str,
+    body:str,      # HTML within class vlm-report
+    script:str='', # the only one that may run there
+)->str:
+    "A whole page: one file, nothing from a network."
+    policy = f"; script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" if script else ''
+    return PAGE.format(title=escape(title), body=body, style=STYLE, script=f'<script>{script}</script>' if script else '', policy=policy, light=LIGHT['bg'], dark=DARK['bg'])
+
 MARKED = '<p class="soft">Marked against the nearest accepted answer: <ins>underlined</ins> is not in it, <del>struck through</del> is missing here.</p>'
 
 def page_html(
@@ -321,7 +330,7 @@ def page_html(
     max_rows:int=1000, # rows that are shown, those that changed most first
     max_mb:float=16,   # of pictures
 )->str:
-    "A comparison as a page: one file, nothing from a network."
+    "A comparison as a page."
     orders = c.orders()
     first = c.telling()[:max_rows]
     keep,thumbs = sorted(first),Thumbnails(c, first, int(max_mb*2**20))
@@ -332,8 +341,7 @@ def page_html(
             *([f"Pictures that cannot be read any more: {len(thumbs.lost)}, of row {', '.join(map(str, thumbs.lost[:12]))}{' …' if len(thumbs.lost)>12 else ''}."] if thumbs.lost else [])]
     left = f'<ul class="soft">{"".join(f"<li>{s}</li>" for s in said)}</ul>' if said else ''
     body = scores_html(c)+parts_html(c)+confusions_html(c)+f'<h2>Rows</h2>{MARKED}{left}{tools_html(c, list(orders))}<div id="rows">{shown}</div>'
-    policy = 'sha256-'+base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    return PAGE.format(title=escape(c.title), body=body, style=STYLE, script=SCRIPT, policy=policy, light=LIGHT['bg'], dark=DARK['bg'])
+    return document(c.title, body, SCRIPT)
 
 def cell_html(
     c,             # a Comparison

@@ -6,13 +6,13 @@
 __all__ = ['MllamaImageProcessor', 'MllamaProcessor', 'own_pictures_only', 'own_pictures_packed', 'VisionLayer', 'Mllama']
 
 # %% ../../nbs/models/mllama.ipynb #2fca8862
-from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil, get_optimal_tiled_canvas
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil, get_image_size_fit_to_canvas, get_optimal_tiled_canvas
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.mllama.modeling_mllama import MllamaVisionEncoderLayer
 from transformers.models.mllama.processing_mllama import MllamaProcessor as _MllamaProcessor
 import torch
 from fastcore.basics import patch
-from .family import Family, ImageTokens, register
+from .family import Family, ImageTokens, Seen, register
 
 # %% ../../nbs/models/mllama.ipynb #9120dd0c
 class MllamaImageProcessor(MllamaImageProcessorPil):
@@ -85,6 +85,7 @@ class Mllama(Family):
     image_token,image_tokens = '<|image|>',('<|image|>',)
     folds_system = 'with_images'
     picture_keys = ('pixel_values','aspect_ratio_ids','aspect_ratio_mask')
+    masks_pictures = True
     packs = (language,)                      # the tower sees one picture at a time
     batched_keys = ('pixel_values','aspect_ratio_ids','aspect_ratio_mask','cross_attention_mask')
 
@@ -108,10 +109,16 @@ class Mllama(Family):
         return dict(min_pixels=None, max_pixels=im.canvas_tiles*im.size['height']**2)
 
     def n_image_tokens(self, processor, size):
-        im,v = processor.image_processor,self.config.vision_config
-        h,w = get_optimal_tiled_canvas(size[1], size[0], min(im.canvas_tiles, im.max_image_tiles), im.size['height'])
-        tiles = int(h*w)//im.size['height']**2
+        v,(_,(w,h),tile) = self.config.vision_config,self.seen(processor, size)
+        tiles = w*h//tile**2
         return ImageTokens(text=1, cross=tiles*((v.image_size//v.patch_size)**2+1))  # +1: the class token of each tile
+
+    def seen(self, processor, size):
+        im = processor.image_processor
+        tile = im.size['height']
+        H,W = map(int, get_optimal_tiled_canvas(size[1], size[0], min(im.canvas_tiles, im.max_image_tiles), tile))
+        h,w = get_image_size_fit_to_canvas(size[1], size[0], H, W, tile)
+        return Seen((int(w),int(h)), (W,H), tile)
 
     def pictures(self, batch):
         return [dict(zip(self.picture_keys, p)) for p in zip(*(batch[k][0] for k in self.picture_keys))] if 'pixel_values' in batch else []

@@ -12,7 +12,7 @@ from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImag
 from transformers.processing_utils import ProcessorMixin, ProcessingKwargs
 from transformers.utils.generic import is_flash_attention_requested
 import numpy as np
-from .family import Family, ImageTokens, UnsupportedModel, register
+from .family import Family, ImageTokens, Seen, UnsupportedModel, register
 
 # %% ../../nbs/models/pixtral.ipynb #ec0c4e36
 class PixtralProcessorKwargs(ProcessingKwargs, total=False):
@@ -81,10 +81,14 @@ class Pixtral(Family):
     def resolution(self, processor): return dict(min_pixels=None, max_pixels=processor.image_processor.size['longest_edge']**2)
 
     def n_image_tokens(self, processor, size):
+        (w,h),_,side = self.seen(processor, size)
+        return ImageTokens(text=(h//side)*(w//side+1))
+
+    def seen(self, processor, size):
         side,edge = processor.patch_size*processor.spatial_merge_size,processor.image_processor.size['longest_edge']
         h,w = get_resize_output_image_size(np.empty((3,size[1],size[0]), dtype=bool), size=edge, patch_size=side)
         if not h*w: raise ValueError(f"A picture of {size[0]}x{size[1]} pixels has no width or height left once its longer side is {edge}.")
-        return ImageTokens(text=(h//side)*(w//side+1))
+        return Seen((w,h), (w,h), side)
 
     def prepare(self, model):
         "Tell the tower's attention where pictures end, when it asks for bounds: transformers gives it places alone."

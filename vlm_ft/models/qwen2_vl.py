@@ -9,7 +9,7 @@ __all__ = ['Qwen2VLProcessor', 'Qwen2VL']
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor as _Qwen2VLProcessor
 import torch
-from .family import Family, ImageTokens, register
+from .family import Family, ImageTokens, Seen, register
 
 # %% ../../nbs/models/qwen2_vl.ipynb #c86ef7bd
 class Qwen2VLProcessor(_Qwen2VLProcessor):
@@ -60,10 +60,14 @@ class Qwen2VL(Family):
         return dict(min_pixels=size['shortest_edge'], max_pixels=size['longest_edge'])
 
     def n_image_tokens(self, processor, size):
-        im = processor.image_processor
-        side,(w,h) = im.patch_size*im.merge_size,size
-        h,w = smart_resize(h, w, side, im.size['shortest_edge'], im.size['longest_edge'])
+        (w,h),_,side = self.seen(processor, size)
         return ImageTokens(text=(h//side)*(w//side))
+
+    def seen(self, processor, size):
+        im = processor.image_processor
+        side = im.patch_size*im.merge_size
+        h,w = smart_resize(size[1], size[0], side, im.size['shortest_edge'], im.size['longest_edge'])
+        return Seen((w,h), (w,h), side)
 
     def positions(self, row):
         "Three axes: text counts on all of them alike, a picture's rows and columns on the last two."
