@@ -32,9 +32,11 @@ def log():
     "What is said on the package's log."
     told,handler = [],logging.Handler()
     handler.emit = lambda record: told.append(record.getMessage())
-    logging.getLogger('vlm_ft').addHandler(handler)
+    logger = logging.getLogger('vlm_ft')
+    level = logger.level
+    logger.addHandler(handler); logger.setLevel(logging.WARNING)              # a notebook that ran in this process may have quieted it
     yield told
-    logging.getLogger('vlm_ft').removeHandler(handler)
+    logger.removeHandler(handler); logger.setLevel(level)
 
 def seen_in(trainer, epochs=2, loader=None):
     "The pictures of each epoch, in a fixed order."

@@ -10,8 +10,9 @@ from PIL import Image
 
 from vlm_ft.data import check_rows, encode
 from vlm_ft.doctor import check_data
-from vlm_ft.messages import DataError, image_size, open_image
+from vlm_ft.messages import DataError, image_size, open_image, to_messages
 from vlm_ft.readers import load_rows
+from vlm_ft.rows import Rows
 from vlm_ft.models.family import family_for
 from vlm_ft.models.tiny import FAMILIES, drawn, tiny_config, tiny_processor
 from vlm_ft.symptoms import look
@@ -148,7 +149,7 @@ def test_rows_are_taken_or_refused_by_number(rows, name):
     for i,each in enumerate(rows):                                                  # training refuses what the check does
         encoded,wrong = tried('row', encode, each, processor, family, 400)
         assert (wrong is not None)==(error is not None and i in {n for n,_ in error.problems}), (i, wrong, error)
-    checkup,raised = tried('checkup', lambda: check_data(rows, family, processor, max_seq_length=400, workers=1, progress=False))
+    checkup,raised = tried('checkup', lambda: check_data(Rows(rows, to_messages), family, processor, max_seq_length=400, workers=1, progress=False))
     assert raised is None and {i for _,i in checkup.refused()}==({i for i,_ in error.problems} if error else set())
     str(checkup)
 

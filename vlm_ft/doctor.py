@@ -266,7 +266,7 @@ def reader_of(model, processor=None, max_seq_length=None, min_pixels=None, max_p
     elif processor is None: raise TypeError(f"A loaded model needs its processor beside it.\nFound: model={type(model).__name__} alone.\nTry: check_data(rows, model, processor), or the model's folder.")
     else: family,max_seq_length = as_family(model),max_seq_length or getattr(base_of(model), 'max_seq_length', None) or 2048
     if (min_pixels,max_pixels)!=(None,None):
-        processor = family.bounded(processor, min_pixels, max_pixels)
+        processor = family.bounded(processor, max_pixels, min_pixels)
     return processor,family,max_seq_length
 
 def check_data(

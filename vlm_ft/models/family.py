@@ -176,11 +176,11 @@ def bound(self:Family, processor,
     processor.image_processor.task_max_pixels = dict(max_pixels)
 
 @patch
-def bounded(self:Family, processor, max_pixels:int):
-    "The processor with another bound, the given one unchanged."
+def bounded(self:Family, processor, max_pixels:int|None=None, min_pixels:int|None=None):
+    "The processor with other bounds, the given one unchanged."
     own = copy.copy(processor)
     own.image_processor = copy.copy(processor.image_processor)
-    self.set_resolution(own, max_pixels=max_pixels)
+    self.set_resolution(own, min_pixels, max_pixels)
     return own
 
 @patch
