@@ -146,7 +146,7 @@ def evaluate(a):
     if a.names and (len(a.names)!=len(a.models) or len(set(a.names))<len(a.names)): raise ValueError(
         f"--names names each model once.\nFound: {len(a.models)} models and {', '.join(a.names)}.")
     models = dict(zip(a.names, a.models)) if a.names else named(a.models)
-    rows = rows_of(a, a.data)
+    rows = opened_rows(a, a.data)                                             # `compare` checks them
     groups = range(len(rows)) if a.groups=='row' else a.groups
     compared = compare(models, rows, groups=groups, limit=a.limit, batch_size=a.batch, max_new_tokens=a.max_new_tokens, resume=a.resume, title=f'{", ".join(models)} on {Path(a.data).name}', **load_settings(a))
     print(compared)
@@ -225,7 +225,7 @@ def plan(a):
     "Say what a run takes in memory, and which batch fits; from small files alone, without weights."
     from vlm_ft.planning import plan as planned
     print("Running a step without data, forward and backward: some tens of seconds for a large model.", file=sys.stderr, flush=True)
-    found = planned(a.model, a.data and rows_of(a, a.data), gpu_gib=a.gpu_gib, batch=a.batch, max_seq_length=a.max_seq_length, min_pixels=a.min_pixels, max_pixels=a.max_pixels, load_in_4bit=a.load_in_4bit, load_in_8bit=a.load_in_8bit,
+    found = planned(a.model, a.data and opened_rows(a, a.data), gpu_gib=a.gpu_gib, batch=a.batch, max_seq_length=a.max_seq_length, min_pixels=a.min_pixels, max_pixels=a.max_pixels, load_in_4bit=a.load_in_4bit, load_in_8bit=a.load_in_8bit,
                     full_finetuning=a.full, r=a.r, finetune_vision_layers=not a.no_vision, finetune_language_layers=not a.no_language, finetune_attention_modules=not a.no_attention, finetune_mlp_modules=not a.no_mlp)
     print(found)
     if a.picture: found.picture().save(a.picture); print(f"\nThe picture is in {a.picture}.")

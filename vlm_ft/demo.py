@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 import torch, vlm_ft
-from .messages import open_image, to_messages
+from .messages import open_image, pictures_of, to_messages
 from .readers import load_rows
 from .evaluation.generation import predict
 from .evaluation.metrics import accepted_answers, score
@@ -82,7 +82,7 @@ def greyed(rows:list)->list:
 
 def shuffled(rows:list)->list:
     "Rows that show the pictures of other rows, one place on; rows without a picture, or with several, stay as they are."
-    shows = lambda r: [p['image'] for m in r['messages'] if m['role']=='user' for p in m['content'] if p['type']=='image']
+    shows = lambda r: pictures_of(r['messages'])
     one = [i for i,r in enumerate(rows) if len(shows(r))==1]
     swap = {i: shows(rows[j])[0] for i,j in zip(one, one[1:]+one[:1])}
     return [with_pictures(r, lambda im, i=i: open_image(swap[i])) if i in swap else r for i,r in enumerate(rows)]

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DPI', 'PART', 'ROLES', 'PARTS', 'PICTURE', 'KEYS', 'DataError', 'wrong', 'for_rows', 'reference', 'inside', 'part',
-           'opened', 'open_image', 'image_size', 'box_of', 'fit', 'to_messages', 'split_prompt', 'without_pictures']
+           'opened', 'open_image', 'image_size', 'box_of', 'fit', 'to_messages', 'split_prompt', 'pictures_of',
+           'without_pictures']
 
 # %% ../nbs/messages.ipynb #ed720411
 import base64, functools, io, os, re
@@ -312,6 +313,10 @@ def split_prompt(
     return messages[:-1], answers or [messages[-1]['content']]
 
 # %% ../nbs/messages.ipynb #d9ca21c2
+def pictures_of(messages:list)->list:
+    "The picture references of a conversation, in order."
+    return [p['image'] for m in messages if m['role']=='user' for p in m['content'] if p['type']=='image']
+
 def without_pictures(messages:list)->list:
     "Messages with bare image parts."
     return [{**m, 'content':[{'type':'image'} if p['type']=='image' else p for p in m['content']]} if m['role']=='user' else m for m in messages]

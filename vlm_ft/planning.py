@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLANNED', 'CONTEXT', 'LOSS', 'Unpacked', 'PackedLinear', 'WideNorm', 'packed_bytes', 'hollow', 'standing',
-           'KernelAttention', 'planned_attention', 'Bytes', 'half_products', 'dry_step', 'dry_head', 'Growth',
-           'through', 'most_rows', 'grown', 'Plan', 'picture', 'planned_model', 'adapter_of', 'measure', 'plan',
-           'sample_row']
+           'KernelAttention', 'planned_attention', 'Bytes', 'sixteen_bit', 'dry_step', 'dry_head', 'Growth', 'through',
+           'most_rows', 'grown', 'Plan', 'picture', 'planned_model', 'adapter_of', 'measure', 'plan', 'sample_row']
 
 # %% ../nbs/planning.ipynb #05b8f9ca
 import base64, copy, dataclasses, functools, inspect, io, time, weakref
@@ -157,7 +156,7 @@ class Bytes(TorchDispatchMode):
         return out
 
 # %% ../nbs/planning.ipynb #c69d716d
-def half_products(base):
+def sixteen_bit(base):
     "Products in 16 bit, as the trainer has them on a GPU unless told otherwise."
     return torch.autocast('cpu', torch.float16 if base.dtype==torch.float16 else torch.bfloat16)
 
@@ -183,7 +182,7 @@ def dry_step(
         within.enter_context(packed(model, family))
         if gpu:
             for part in family.packs: base.get_submodule(part).config._attn_implementation = PLANNED
-    if gpu: within.enter_context(half_products(base))
+    if gpu: within.enter_context(sixteen_bit(base))
     with within, count:
         if 'row_bounds' in batch: loss = packed_loss(model, batch)
         else:
@@ -210,7 +209,7 @@ def dry_head(
         hidden = torch.empty(n_tokens, base.lm_head.weight.shape[1], dtype=base.dtype, requires_grad=True)
         labels = torch.empty(n_tokens, dtype=torch.long)
         count = Bytes([hidden, labels, base.lm_head.weight])
-        with count, half_products(base):
+        with count, sixteen_bit(base):
             if packing: supervised_loss(hidden, base.lm_head.weight, labels).backward()
             else:
                 logits = base.lm_head(hidden[None])

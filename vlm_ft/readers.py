@@ -187,7 +187,8 @@ def open_rows(
     root=None,    # folder that pictures' paths start from and do not leave; None: the file's own
     fetch=False,  # fetch pictures with a web address, once, into the folder `fetched` beside the file
 )->Rows:
-    "Rows in the form of `to_messages`, each read when it is used; what is wrong in one is raised then."
+    "Rows in the form of `to_messages`, each read when it is used; what is wrong in one is raised then. Rows that are open already stay what they are."
+    if isinstance(source, Rows) and (format, columns, root, fetch)==(None, None, None, False): return source
     columns,path,split = parsed_columns(columns),None,None
     if isinstance(source, (str, Path)):
         name,split = split_name(str(source))

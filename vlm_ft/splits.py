@@ -8,7 +8,7 @@ __all__ = ['shown', 'groups_of', 'split_rows']
 # %% ../nbs/splits.ipynb #82c8916f
 import hashlib, random
 from collections import Counter
-from .messages import DataError, to_messages
+from .messages import DataError, pictures_of, to_messages
 from .models.family import nearest
 from .rows import Rows
 
@@ -18,7 +18,7 @@ def shown(row)->tuple|None:
     def name(src):
         if isinstance(src, str) and not src.startswith('data:'): return src.split('#xywh=')[0].split('#page=')[0]
         return hashlib.sha256(src.encode() if isinstance(src, str) else src if isinstance(src, bytes) else src.tobytes()).hexdigest()
-    return tuple(name(p['image']) for m in to_messages(row)['messages'] if m['role']=='user' for p in m['content'] if p['type']=='image') or None
+    return tuple(map(name, pictures_of(to_messages(row)['messages']))) or None
 
 def groups_of(
     rows,    # a list of rows, or what `load_rows` gives

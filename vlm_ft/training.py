@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_model', 'check_args', 'checkpoint_bytes', 'check_room', 'held_out', 'StepLines', 'History', 'EvalByGeneration',
-           'as_rows', 'check_dataset', 'row_of', 'processor_of', 'Numbered', 'Rows', 'VisionTrainer', 'LengthGroups',
-           'TokenBatches', 'memory_advice', 'TimeBudget', 'same_rng', 'find_checkpoint', 'saved_shapes',
+           'as_rows', 'check_dataset', 'row_of', 'processor_of', 'Numbered', 'RowNotes', 'VisionTrainer',
+           'LengthGroups', 'TokenBatches', 'memory_advice', 'TimeBudget', 'same_rng', 'find_checkpoint', 'saved_shapes',
            'check_checkpoint', 'check_unfinished', 'own_shapes', 'load_whole']
 
 # %% ../nbs/04_training.ipynb #78fa904c
@@ -230,7 +230,7 @@ class Numbered(torch.utils.data.Dataset):
     def __len__(self): return len(self.rows)
     def __getitem__(self, i): return i,self.rows[i]
 
-class Rows(TrainerCallback):
+class RowNotes(TrainerCallback):
     "Tells the augmentation which epoch it is, and at the end which rows were left out."
     def __init__(self, trainer): self.trainer = trainer
 
@@ -289,7 +289,7 @@ class VisionTrainer(Trainer):
         if progress: self.add_callback(StepLines())
         self.kept = []                                                    # which blocks keep what they compute, after the first step
         self.augment,self.left_out = augment,{}                # row number -> why it was left out
-        self.add_callback(Rows(self))
+        self.add_callback(RowNotes(self))
         self._tokens,self._mark,self._paused,self._waited = 0,None,0.,0.  # since the last log: tokens read; its time; seconds of evaluation, and of waiting for rows
         self.packs = bool(getattr(args, 'packing', True)) and isinstance(data_collator, VisionDataCollator) and self.compute_loss_func is None and args.world_size==1
         self.passes = self._passes(args.tokens_per_pass) if getattr(args, 'tokens_per_pass', None) else None

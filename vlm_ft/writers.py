@@ -9,7 +9,7 @@ __all__ = ['embedded', 'openai_row', 'to_openai', 'as_dataset']
 import base64, io, json, os
 from pathlib import Path
 from PIL import Image
-from .messages import DataError, _file, for_rows, inside, open_image, opened, part, to_messages, without_pictures, wrong
+from .messages import DataError, _file, for_rows, inside, open_image, opened, part, pictures_of, to_messages, without_pictures, wrong
 from .readers import load_rows
 
 # %% ../nbs/writers.ipynb #c2d81cd5
@@ -61,9 +61,8 @@ def as_dataset(
 
 def _packed(row:dict)->dict:
     "A row as JSON, its pictures beside it; PIL pictures are stored losslessly."
-    images = [p['image'] for m in row['messages'] if m['role']=='user' for p in m['content'] if p['type']=='image']
     bare = json.dumps({**row, 'messages':without_pictures(row['messages'])}, ensure_ascii=False)
-    return {'row':bare, 'images':[_stored(src) for src in images]}
+    return {'row':bare, 'images':[_stored(src) for src in pictures_of(row['messages'])]}
 
 def _stored(src)->dict:
     "A picture as datasets stores it."

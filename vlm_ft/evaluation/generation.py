@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['stop_ids', 'prompt_lengths', 'Countdown', 'digest', 'row_key', 'fingerprint', 'Ledger', 'Answers', 'gathered',
-           'predict']
+           'ahead', 'predict']
 
 # %% ../../nbs/evaluation/generation.ipynb #7834cf07
 import hashlib,json,os,sys,time
@@ -125,11 +125,15 @@ def gathered(
     if out.cut: say(f"{len(out.cut)} of {n} answers did not end within max_new_tokens={max_new_tokens} and are cut there: row{'s'*(len(out.cut)>1)} {', '.join(map(str, out.cut[:8]))}{' …' if len(out.cut)>8 else ''}.")
     return out
 
-def _ahead(numbers, prepare, depth:int, threads:int):
-    "(number, what `prepare` makes of it), in order, made while the model writes."
-    numbers,waiting,pool = iter(numbers),deque(),ThreadPoolExecutor(threads)
+def ahead(
+    items, prepare,
+    depth:int,    # items under way at a time
+    threads:int,
+)->iter:          # (item, prepare(item)) in order
+    "Results of threads that work ahead of their reader."
+    waiting,pool = deque(),ThreadPoolExecutor(threads)
     try:
-        for i in numbers:
+        for i in items:
             waiting.append((i, pool.submit(prepare, i)))
             if len(waiting)>=depth: k,f = waiting.popleft(); yield k, f.result()
         for k,f in waiting: yield k, f.result()
@@ -167,7 +171,7 @@ def predict(
     while todo:
         try:
             with at_work(base, family):
-                for i,ids in Writer(base, family, min(batch_size, len(todo)), room, stops, max_new_tokens, sampling, kept).run(_ahead(todo, prompt, 2*batch_size, threads)):
+                for i,ids in Writer(base, family, min(batch_size, len(todo)), room, stops, max_new_tokens, sampling, kept).run(ahead(todo, prompt, 2*batch_size, threads)):
                     closed = ids[-1] in stops
                     done[i] = (tokenizer.decode(ids[:-1] if closed else ids, skip_special_tokens=True, clean_up_tokenization_spaces=False), closed)
                     if ledger: ledger.add(i, *done[i])
