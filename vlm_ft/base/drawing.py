@@ -236,7 +236,7 @@ TRUE_FRAKTUR = {'unifrakturmaguntia':8, 'unifrakturcook':6, 'fonts-blankenburg':
                 'fraktur-of-texgyrepagella-math':2, 'fraktur-of-texgyreschola-math':2}   # times as often as another family of their kind
 TWO_STROKE_HYPHEN = {'unifrakturmaguntia','unifrakturcook','fonts-blankenburg'}          # '-' looks like the Fraktur hyphen and is read as one
 KINDS        = dict(serif=26, sans=20, fraktur=22, hand=18, mono=8, script=6)            # per cent of the lines
-KINDS_TAUGHT = dict(serif=16, sans=15, fraktur=20, hand=32, mono=6, script=11)            # the same in training
+KINDS_TAUGHT = dict(serif=14, sans=14, fraktur=20, hand=34, mono=6, script=12)            # the same in training
 
 @lru_cache
 def faces(
@@ -647,7 +647,7 @@ def difficulty(
 )->tuple[float,float,float]:
     "Strength of the distortions, longest line in characters, and share of blocks."
     grown = min(1., max(0., (progress-.1)/.35))
-    return .1+.9*grown, 6+64*grown**1.3, 0. if progress < .33 else min(.2, .8*(progress-.33))
+    return .1+.9*grown, 6+64*grown**1.3, 0. if progress < .33 else min(.22, .8*(progress-.33))
 
 # %% ../../nbs/base/drawing.ipynb #d77adfdb
 def draw_line(rng, folder, by_kind, progress):

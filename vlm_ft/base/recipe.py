@@ -313,7 +313,7 @@ def main_figures(
 class Course:
     "Where training stands: letters alone until the model sees them, then onwards as the time goes."
     def __init__(self,
-        start:float=.08,  # of the course: up to here there are only single groups of letters
+        start:float=.05,  # of the course: up to here there are only single groups of letters
         seeing:float=1.,  # the loss, nats a token, that shows that they are read
         latest:float=.3,  # of the time: then it goes on in any case
         left=None,        # of the time: when it went on

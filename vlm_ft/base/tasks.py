@@ -17,12 +17,12 @@ from .scenes import draw_chart,draw_pair,draw_shapes
 TASKS = {  # how to draw it, and its share at a point of the course
     'ocr/lines':        (draw_line,    lambda p: 1.),
     'ocr/blocks':       (draw_block,   lambda p: difficulty(p)[2]),
-    'ocr/digits':       (draw_digits,  lambda p: .12 if p > .06 else 0.),
-    'vqa/shapes':       (draw_shapes,  lambda p: .30 if p > .1 else 0.),
-    'vqa/charts':       (draw_chart,   lambda p: .28 if p > .18 else 0.),
+    'ocr/digits':       (draw_digits,  lambda p: .08 if p > .06 else 0.),
+    'vqa/shapes':       (draw_shapes,  lambda p: .26 if p > .1 else 0.),
+    'vqa/charts':       (draw_chart,   lambda p: .22 if p > .18 else 0.),
     'vqa/two pictures': (draw_pair,    lambda p: .12 if p > .2 else 0.),
-    'latex/formulas':   (draw_formula, lambda p: .12 if p > .2 else 0.),
-    'extract/receipts': (draw_receipt, lambda p: .18 if p > .28 else 0.)}
+    'latex/formulas':   (draw_formula, lambda p: .15 if p > .2 else 0.),
+    'extract/receipts': (draw_receipt, lambda p: .22 if p > .28 else 0.)}
 
 def sample(
     seed:int,
