@@ -133,6 +133,7 @@ def test_bytes_become_the_processor_s_numbers(name):
             if name=='pixtral':                                                              # what fills up the smaller picture is cut off in the tower
                 assert all(torch.equal(x[:,:h,:w], y[:,:h,:w]) for x,y,(h,w) in zip(mine['pixel_values'], theirs, got['image_sizes'][-2:].tolist())), (a, b)
             else: assert torch.equal(mine['pixel_values'], theirs), (a, b)
+    if name=='mllama': assert not pad_batch([encode(about((40,50)), processor, family), row], family, 0)['pixel_values'][0,1].any()      # a picture that is not there
 
 def test_another_image_processor_keeps_its_numbers():
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
