@@ -178,7 +178,7 @@ def encode(
     prompt_only=False,            # without the last answer, ready to generate it; no labels
     resize=None,                  # longest side in pixels, or (width, height) to fit into; None or 'min': the processor decides alone
     augment=None,                 # PIL picture -> another of the same size, such as DocumentAugmentation
-)->dict:                          # tensors without a batch dimension: input_ids, labels, the family's own
+)->dict:                          # tensors without a batch dimension: input_ids, labels, the family's own; pictures as bytes, for `Family.pixels`
     "One row as the model reads it; `DataError` for one that it would read wrongly."
     if train_on not in ('answers','text'):
         raise ValueError(f"train_on={train_on!r} is neither 'answers' nor 'text'.{nearest(train_on, ('answers','text'))}")
