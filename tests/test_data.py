@@ -3,15 +3,18 @@ import json, shutil
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from vlm_ft.data import DataError, check_rows, count_tokens, encode, image_size, open_image, pictures_of, supervision
+from vlm_ft.data import DataError, check_rows, count_tokens, encode, image_size, open_image, pictures_of, render, supervision
+from vlm_ft.messages import to_messages
 from vlm_ft.models.family import family_for
 from vlm_ft.models.tiny import FAMILIES, drawn, tiny, tiny_folder
 from vlm_ft.readers import load_rows
-from vlm_ft.setup import VisionDataCollator
+from vlm_ft.packing import pack_batch
+from vlm_ft.setup import VisionDataCollator, pad_batch
 from vlm_ft.writers import as_dataset
 
 DATA = Path(__file__).parents[2]/'shared'/'data'
@@ -107,8 +110,39 @@ def test_saved_image_processor_counts_the_same(name, tmp_path):
         elif name=='mllama':  tokens = (1, int(made['aspect_ratio_mask'].sum())*(plain.size['height']//14)**2 + int(made['aspect_ratio_mask'].sum()))
         else: tokens = (lambda h,w: (h*(w+1), 0))(*(int(s)//16 for s in made['image_sizes'][0]))
         assert tuple(family.n_image_tokens(processor, size))==tokens, size
-        ours = encode(about(size), processor, family)['pixel_values']
+        ours = family.pixels(encode(about(size), processor, family))['pixel_values']
         assert torch.equal(ours, made['pixel_values'][0] if name=='mllama' else made['pixel_values']), size
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_bytes_become_the_processor_s_numbers(name):
+    "To the last bit, of pictures of every mode, several to a row, in a padded batch and in a packed one."
+    processor,family = tools(name)
+    noise = np.random.default_rng(0)
+    for a,b in zip(SIZES, SIZES[1:]+SIZES[:1]):
+        pictures = [Image.fromarray(noise.integers(0, 256, (h,w,3), dtype=np.uint8)) for w,h in (a,b)]
+        pictures[1] = pictures[1].convert(('L','LA','P','1','RGBA','CMYK')[SIZES.index(a)%6])
+        if pictures[1].mode=='RGBA': pictures[1].putalpha(pictures[0].resize(b).convert('L'))
+        row = to_messages([{'role':'user','content':[{'type':'image','image':p} for p in pictures]}, {'role':'assistant','content':'a'}])
+        theirs = processor(images=[open_image(p) for p in pictures], text=[render(row['messages'], processor, family)], add_special_tokens=False, return_tensors='pt')['pixel_values']
+        row = encode(row, processor, family)
+        assert row['pixel_values'].dtype==torch.uint8 and row['pixel_values'].nbytes*4*(2 if name=='qwen2_vl' else 1)==theirs.nbytes
+        packed = pack_batch([encode(about((40,50)), processor, family), row], family)
+        for got in (pad_batch([row], family, 0), family.pixels(packed)):
+            mine = {k: got[k] for k in family.picture_keys}
+            mine['pixel_values'] = mine['pixel_values'][:,-2:] if name=='mllama' else mine['pixel_values'][-2:] if name=='pixtral' else mine['pixel_values'][-len(theirs):]
+            if name=='pixtral':                                                              # what fills up the smaller picture is cut off in the tower
+                assert all(torch.equal(x[:,:h,:w], y[:,:h,:w]) for x,y,(h,w) in zip(mine['pixel_values'], theirs, got['image_sizes'][-2:].tolist())), (a, b)
+            else: assert torch.equal(mine['pixel_values'], theirs), (a, b)
+    if name=='mllama': assert not pad_batch([encode(about((40,50)), processor, family), row], family, 0)['pixel_values'][0,1].any()      # a picture that is not there
+
+def test_another_image_processor_keeps_its_numbers():
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    processor,family = tools('qwen2_vl')
+    ours = encode(about((60,90)), processor, family)
+    processor.image_processor = Qwen2VLImageProcessorPil(**{k: getattr(processor.image_processor, k) for k in ('size','patch_size','merge_size','temporal_patch_size')})
+    theirs = encode(about((60,90)), processor, family)
+    assert 'byte_values' not in theirs and torch.equal(theirs['pixel_values'], family.pixels(ours)['pixel_values'])
+    assert family.pixels(theirs) is theirs
 
 def test_a_bound_on_tiles_is_kept_here_alone(tmp_path):
     "What 02_data says of Llama 3.2 Vision: transformers' class reads the folder and cuts into as many tiles as the model knows; the text stays as long."

@@ -3,8 +3,12 @@ import pytest, torch
 from transformers import TrainingArguments
 from vlm_ft.kernels.lora import multiplies_bf16
 from vlm_ft.lora import get_peft_model
+from vlm_ft.data import encode
+from vlm_ft.features import FeatureCache, image_keys, with_features
+from vlm_ft.messages import to_messages
 from vlm_ft.models.family import base_of, family_for
 from vlm_ft.models.tiny import FAMILIES, drawn, tiny
+from vlm_ft.packing import pack_batch, packed, packed_loss
 from vlm_ft.setup import VisionDataCollator, VisionTrainingArguments
 from vlm_ft.training import VisionTrainer
 
@@ -41,6 +45,36 @@ def test_twenty_steps_both_ways(name, checkpointing, tmp_path):
 def test_parts(name, part, tmp_path):
     packed,padded = (run(name, tmp_path, 4, {part:False}, packing=p)[0] for p in (True, False))
     assert max(abs(a-b)/b for a,b in zip(packed, padded)) < 2e-5
+
+@pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16))
+def test_bytes_and_numbers_are_the_same_pass(name, dtype):
+    "Loss, every gradient, and what reaches the patch embedding: those of the processor's own numbers, to the last bit; kept features too."
+    model,processor = tiny(name, dtype)
+    model,family = get_peft_model(model, r=4),family_for(model)
+    base,seen,found = base_of(model),[],[]
+    for n,p in model.named_parameters():
+        if 'lora_B' in n: p.data.normal_(0, .2, generator=torch.Generator().manual_seed(len(n)))
+    conv = next(m for m in base.get_submodule(family.vision).modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Conv3d)))
+    conv.register_forward_pre_hook(lambda m, args: seen.append(args[0].clone()))
+    small = pack_batch([encode(to_messages(r), processor, family) for r in rows()], family)
+    large = {k:v for k,v in small.items() if k!='byte_values'} | {'pixel_values':family.numbers(small, small['byte_values'])}
+    assert small['pixel_values'].dtype==torch.uint8 and large['pixel_values'].dtype==torch.float32
+    for batch in (small, large):
+        model.zero_grad(set_to_none=True)
+        with packed(model, family): loss = packed_loss(model, batch)
+        loss.backward()
+        found.append((loss, *(p.grad for p in model.parameters() if p.grad is not None)))
+    assert torch.equal(*seen) and seen[0].dtype==dtype and all(map(torch.equal, *found)) and len(found[0])>20
+    with torch.no_grad():
+        a,b = (with_features(model, {**batch, 'image_keys':image_keys(batch, family)}, family, FeatureCache(1)) for batch in (small, large))
+    key = 'cross_attention_states' if name=='mllama' else 'inputs_embeds'
+    assert torch.equal(a[key], b[key]) and set(a)==set(b) and not {'byte_values','pixel_values'}&set(a)
+
+def test_what_crosses_to_the_device_is_bytes(tmp_path):
+    _,_,trainer = run('qwen2_vl', tmp_path, 1)
+    batch = next(b for b in trainer.get_train_dataloader() if 'pixel_values' in b)
+    assert batch['pixel_values'].dtype==torch.uint8 and batch['byte_values'].shape==(3,256)
 
 def test_attention_is_as_before_after_training(tmp_path):
     losses,_,trainer = run('qwen2_vl', tmp_path, 2)

@@ -57,10 +57,12 @@ def test_bytes_of_a_step(name, how):
     means = standing(net)
     assert means['weights']+means['adapters']==sum(p.nbytes for p in real.parameters()) and means['gradients']==sum(p.nbytes for p in real.parameters() if p.requires_grad)
     batch = pack_batch([encode(r, processor, family) for r in ROWS], family)
+    numbers = family.pixels(batch); assert batch['pixel_values'].dtype==torch.uint8
     for checkpointing in (True,False):
         if not checkpointing: base_of(real).gradient_checkpointing_disable()
-        got,want = dry_step(net, mode, batch, checkpointing, gpu=False),most_and_kept(real, batch)
-        if how=='all' and not checkpointing: assert saved(real, batch)<=got['activations']<=1.05*saved(real, batch)
+        got,want = dry_step(net, mode, batch, checkpointing, gpu=False),most_and_kept(real, numbers)
+        if how=='all' and not checkpointing: assert saved(real, numbers)<=got['activations']<=1.05*saved(real, numbers)
+        assert got['batch']==sum(t.nbytes for t in batch.values() if torch.is_tensor(t))+numbers['pixel_values'].nbytes
         for k,n in want.items(): assert abs(got[k]-n)<=1024+.002*n, (k, checkpointing, got, want)
 
 def test_frozen_vision_keeps_nothing():

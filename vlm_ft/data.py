@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['control_tokens', 'refuse_control', 'fold_system', 'render', 'supervised_mask', 'answer_mask', 'as_family', 'costs',
-           'reader', 'count_tokens', 'smaller_budget', 'refuse_long', 'PictureError', 'pixels_of', 'as_seen', 'encode',
-           'Supervision', 'supervision', 'show_supervised', 'check_row', 'check_rows']
+           'reader', 'count_tokens', 'smaller_budget', 'refuse_long', 'PictureError', 'pixels_of', 'as_seen',
+           'bytes_only', 'encode', 'Supervision', 'supervision', 'show_supervised', 'check_row', 'check_rows']
 
 # %% ../nbs/02_data.ipynb #d468deab
-import html, re, sys
+import copy, html, re, sys
 from array import array
 import torch
 from torch import Tensor
 from PIL import Image
 from .messages import (DataError, box_of, fit, for_rows, image_size, open_image, pictures_of, split_prompt, to_messages, without_pictures, wrong)
-from .models.family import Family, ImageTokens, family_for, nearest
+from .models.family import ByteReader, Family, ImageTokens, family_for, nearest
 
 # %% ../nbs/02_data.ipynb #96f2f36c
 def control_tokens(tokenizer, family)->list[str]:
@@ -164,6 +164,13 @@ def as_seen(im, processor, family):
     if size[0]*size[1] >= im.width*im.height or family.n_image_tokens(processor, size)!=family.n_image_tokens(processor, im.size): return im
     return im.resize(size, Image.Resampling.LANCZOS)
 
+def bytes_only(processor):
+    "The processor that leaves a picture's bytes; one whose image processor is not ours stays as it is."
+    if not isinstance(processor.image_processor, ByteReader): return processor
+    own = copy.copy(processor)
+    own.image_processor = processor.image_processor.for_bytes()
+    return own
+
 def encode(
     row, processor, family,
     max_seq_length:int|None=None, # tokens, image placeholders included; a longer row is refused, never cut
@@ -171,7 +178,7 @@ def encode(
     prompt_only=False,            # without the last answer, ready to generate it; no labels
     resize=None,                  # longest side in pixels, or (width, height) to fit into; None or 'min': the processor decides alone
     augment=None,                 # PIL picture -> another of the same size, such as DocumentAugmentation
-)->dict:                          # tensors without a batch dimension: input_ids, labels, the family's own
+)->dict:                          # tensors without a batch dimension: input_ids, labels, the family's own; pictures as bytes, for `Family.pixels`
     "One row as the model reads it; `DataError` for one that it would read wrongly."
     if train_on not in ('answers','text'):
         raise ValueError(f"train_on={train_on!r} is neither 'answers' nor 'text'.{nearest(train_on, ('answers','text'))}")
@@ -181,9 +188,10 @@ def encode(
     text,images = render(messages, processor, family, prompt_only),pixels_of(messages, resize)
     if augment: images = [augment(as_seen(im, processor, family)) for im in images]
     costs([im.size for im in images], processor, family)                     # refuses shapes that the processor would fail on
-    out = processor(images=images or None, text=[text], add_special_tokens=False, return_tensors='pt')
+    out = bytes_only(processor)(images=images or None, text=[text], add_special_tokens=False, return_tensors='pt')
     batched = {'input_ids', *family.pad_values, *family.batched_keys}
     out = {k: v[0] if k in batched else v for k,v in out.items() if k!='attention_mask'}
+    if images and out['pixel_values'].dtype==torch.uint8: out['byte_values'] = processor.image_processor.byte_values()
     refuse_long(len(ids := out['input_ids']), [im.size for im in images], max_seq_length, processor, family)
     if prompt_only: return out
     mask = answer_mask(ids, messages, processor, family)

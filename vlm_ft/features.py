@@ -9,7 +9,7 @@ __all__ = ['image_keys', 'looks_once', 'free_gib', 'FeatureCache', 'with_feature
 import hashlib
 from pathlib import Path
 import torch
-from .models.family import base_of
+from .models.family import base_of, byte_values
 
 # %% ../nbs/features.ipynb #71efc4e2
 def image_keys(
@@ -69,6 +69,7 @@ def with_features(
     "Let the cache look at the pictures."
     keys = batch.pop('image_keys')
     if not keys: return batch
-    base,pictures = base_of(model),family.pictures(batch)
-    with torch.no_grad(): features = cache(keys, lambda which: family.features(base, [pictures[i] for i in which]), batch['input_ids'].device)
+    base,pictures,values = base_of(model),family.pictures(batch),byte_values([batch])
+    read = lambda which: family.features(base, [family.pixels({**pictures[i], **values}, base) for i in which])   # bytes of a picture that is known stay bytes
+    with torch.no_grad(): features = cache(keys, read, batch['input_ids'].device)
     return family.place(base, batch, features)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from .models.family import base_of
+from .models.family import base_of, byte_values, family_for
 
 # %% ../nbs/packing.ipynb #25789b7d
 class _RowAttention(torch.autograd.Function):
@@ -106,7 +106,7 @@ def pack_batch(
     out = dict(input_ids=torch.cat([f['input_ids'] for f in features])[None], position_ids=torch.cat([family.positions(f) for f in features], -1),
                row_bounds=bounds(lengths), longest_row=max(lengths))
     if 'labels' in features[0]: out['labels'] = torch.cat([f['labels'] for f in features])[None]
-    return {**out, **family.pack_images(features)}
+    return {**out, **family.pack_images(features), **byte_values(features)}
 
 @contextmanager
 def attending(
@@ -170,6 +170,7 @@ def packed_loss(
 )->Tensor:
     "The loss of a packed batch."
     base,labels = base_of(model),batch['labels'][0,1:]
+    batch = family_for(base).pixels(batch, base)                              # bytes become numbers only here, where the model is
     hidden = base.model(**{k:v for k,v in batch.items() if k!='labels'}, use_cache=False).last_hidden_state[0,:-1]
     at = (labels!=-100).nonzero()[:,0]
     return supervised_loss(hidden[at], base.lm_head.weight, labels[at], len(at) if n_items is None else n_items)

@@ -174,8 +174,11 @@ def dry_step(
     fixed = lambda t: torch.is_tensor(t) and not t.is_floating_point() and t.numel()<2**20
     with mode:
         batch = {k: v if fixed(v) or not torch.is_tensor(v) else torch.empty(v.shape, dtype=v.dtype) for k,v in batch.items()}
+        arrived,batch = batch,family.pixels(batch, base)                        # bytes, and the numbers that they become: both live on the GPU
+    arrived = {id(t):t for part in (arrived, batch) for t in part.values() if torch.is_tensor(t)}.values()
+    with mode:
         for p in model.parameters(): p.grad = torch.empty_like(p) if p.requires_grad else None
-    count = Bytes([*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.requires_grad), *filter(torch.is_tensor, batch.values())])
+    count = Bytes([*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.requires_grad), *arrived])
     marks,within = [],ExitStack()
     hook = base.model.register_forward_hook(lambda *_: marks.append(count.mark()))
     if 'row_bounds' in batch:
@@ -195,7 +198,7 @@ def dry_step(
         marks.append(count.mark())
     hook.remove()
     (kept,body),(_,loss_most),(_,back) = marks[0],marks[-2],marks[-1]
-    return dict(batch=sum(v.nbytes for v in batch.values() if torch.is_tensor(v)), activations=kept, loss=loss_most-kept, working=max(body, back)-kept)
+    return dict(batch=sum(t.nbytes for t in arrived), activations=kept, loss=loss_most-kept, working=max(body, back)-kept)
 
 # %% ../nbs/planning.ipynb #9f742904
 def dry_head(

@@ -12,7 +12,7 @@ from transformers.training_args import TrainingArguments
 from .data import PictureError, check_rows, encode
 from .loading import check_length, is_bf16_supported
 from .messages import DataError, box_of, for_rows
-from .models.family import base_of, family_for, nearest, refuse_unknown
+from .models.family import base_of, byte_values, family_for, nearest, refuse_unknown
 from .features import image_keys
 from .packing import pack_batch
 
@@ -32,7 +32,7 @@ def pad_batch(
     fills = {'input_ids':pad_id, 'labels':-100, **family.pad_values}
     out = {k: padded([f[k] for f in features], fill) for k,fill in fills.items() if k in features[0]}
     out['attention_mask'] = padded([torch.ones_like(f['input_ids']) for f in features], 0)
-    return {**out, **family.collate_images(features, length, left)}
+    return {**out, **family.pixels({**family.collate_images(features, length, left), **byte_values(features)})}
 
 # %% ../nbs/03_setup.ipynb #49da386f
 class VisionDataCollator:

@@ -12,10 +12,10 @@ from transformers.models.mllama.modeling_mllama import MllamaVisionEncoderLayer
 from transformers.models.mllama.processing_mllama import MllamaProcessor as _MllamaProcessor
 import torch
 from fastcore.basics import patch
-from .family import Family, ImageTokens, Seen, register
+from .family import ByteReader, Family, ImageTokens, Seen, register
 
 # %% ../../nbs/models/mllama.ipynb #9120dd0c
-class MllamaImageProcessor(MllamaImageProcessorPil):
+class MllamaImageProcessor(ByteReader, MllamaImageProcessorPil):
     "Transformers' image processor, whose canvas may be held to fewer tiles than the model has numbers for."
     def __init__(self, canvas_tiles:int=4, **kwargs):
         super().__init__(**kwargs)
@@ -23,6 +23,11 @@ class MllamaImageProcessor(MllamaImageProcessorPil):
 
     def resize(self, image, size, max_image_tiles, resample=None):
         return super().resize(image, size, min(self.canvas_tiles, max_image_tiles), resample)
+
+    def _preprocess(self, *args, **kwargs):
+        out = super()._preprocess(*args, **kwargs)
+        if self.leaves_bytes: out['pixel_values'] = torch.as_tensor(out['pixel_values']).to(torch.uint8)  # it collects tiles in float32
+        return out
 
     def to_dict(self):
         return {**super().to_dict(), 'image_processor_type':'MllamaImageProcessor', 'canvas_tiles':self.canvas_tiles}
@@ -120,6 +125,11 @@ class Mllama(Family):
         h,w = get_image_size_fit_to_canvas(size[1], size[0], H, W, tile)
         return Seen((int(w),int(h)), (W,H), tile)
 
+    def numbers(self, batch, values):
+        "Within a picture's canvas what is filled is black, and normalised; a tile or picture that is not there is zeros."
+        there = (batch['aspect_ratio_mask']>0) & (batch['aspect_ratio_ids']>0)[...,None]
+        return super().numbers(batch, values).masked_fill_(~there[...,None,None,None], 0)
+
     def pictures(self, batch):
         return [dict(zip(self.picture_keys, p)) for p in zip(*(batch[k][0] for k in self.picture_keys))] if 'pixel_values' in batch else []
 
@@ -128,7 +138,7 @@ class Mllama(Family):
         return list(model.model.multi_modal_projector(seen))                                       # (tiles, patches, width) each
 
     def place(self, model, batch, features):
-        return {**{k:v for k,v in batch.items() if k not in self.picture_keys}, 'cross_attention_states':torch.cat(features)}
+        return {**{k:v for k,v in batch.items() if k not in ('byte_values',*self.picture_keys)}, 'cross_attention_states':torch.cat(features)}
 
     def picture_layers(self): return tuple(self.config.text_config.cross_attention_layers)
 

@@ -70,10 +70,10 @@ def tiny_processor(
     tok = tiny_tokenizer(name)
     from vlm_ft.models import mllama, pixtral, qwen2_vl
     if name=='qwen2_vl':
-        im = qwen2_vl.Qwen2VLImageProcessorPil(size={'shortest_edge':28*28, 'longest_edge':28*28*64}, patch_size=14, merge_size=2, temporal_patch_size=2)
+        im = qwen2_vl.Qwen2VLImageProcessor(size={'shortest_edge':28*28, 'longest_edge':28*28*64}, patch_size=14, merge_size=2, temporal_patch_size=2)
         return qwen2_vl.Qwen2VLProcessor(im, tok, chat_template=tok.chat_template)
     if name=='mllama': return mllama.MllamaProcessor(mllama.MllamaImageProcessor(size={'height':56,'width':56}), tok, chat_template=tok.chat_template)
-    im = pixtral.PixtralImageProcessorPil(size={'longest_edge':128}, patch_size={'height':16,'width':16})
+    im = pixtral.PixtralImageProcessor(size={'longest_edge':128}, patch_size={'height':16,'width':16})
     return pixtral.PixtralProcessor(im, tok, chat_template=tok.chat_template)
 
 # %% ../../nbs/models/tiny.ipynb #6ac65f8a
