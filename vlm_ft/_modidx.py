@@ -1174,6 +1174,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'vlm_ft.packing._SupervisedLoss': ('packing.html#_supervisedloss', 'vlm_ft/packing.py'),
                                 'vlm_ft.packing._SupervisedLoss.backward': ('packing.html#_supervisedloss.backward', 'vlm_ft/packing.py'),
                                 'vlm_ft.packing._SupervisedLoss.forward': ('packing.html#_supervisedloss.forward', 'vlm_ft/packing.py'),
+                                'vlm_ft.packing._one_kernel': ('packing.html#_one_kernel', 'vlm_ft/packing.py'),
                                 'vlm_ft.packing._slices': ('packing.html#_slices', 'vlm_ft/packing.py'),
                                 'vlm_ft.packing.attending': ('packing.html#attending', 'vlm_ft/packing.py'),
                                 'vlm_ft.packing.bounds': ('packing.html#bounds', 'vlm_ft/packing.py'),

@@ -49,7 +49,7 @@ def _slices(lengths):
 # %% ../nbs/packing.ipynb #d640fabf
 try:
     from torch.nn.attention.varlen import varlen_attn
-    _WINDOW = 'window_size' in inspect.signature(varlen_attn).parameters  # how this torch is told to look back only
+    _VARLEN = inspect.signature(varlen_attn).parameters                   # its options differ from torch to torch
 except ImportError: varlen_attn = None                                    # before torch 2.10
 
 PACKED = 'flash_packed'  # the name under which transformers knows the two functions below
@@ -59,6 +59,12 @@ def bounds(
 )->Tensor:        # int32, (rows+1,)
     "Where rows begin and end, as cumulative lengths."
     return F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1,0))
+
+def _one_kernel(q, k, v, bounds, longest, causal, scale):
+    "torch's variable-length attention: (tokens, heads, head size) in and out."
+    how = dict(window_size=(-1, 0 if causal else -1)) if 'window_size' in _VARLEN else dict(is_causal=causal)
+    if 'enable_gqa' in _VARLEN: how['enable_gqa'] = q.shape[1]!=k.shape[1]
+    return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, **how)
 
 def packed_attention(
     module, query:Tensor, key:Tensor, value:Tensor,  # (batch, heads, tokens, head size); fewer heads of keys and values will do
@@ -78,8 +84,7 @@ def packed_attention(
     half = torch.get_autocast_dtype('cuda') if torch.is_autocast_enabled('cuda') else query.dtype
     if varlen_attn is not None and query.is_cuda and half in (torch.bfloat16, torch.float16) and not dropout:
         q,k,v = (t[0].transpose(0, 1).to(half) for t in (query, key, value))
-        how = dict(window_size=(-1, 0 if causal else -1)) if _WINDOW else dict(is_causal=causal)
-        return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, **how)[None].to(value.dtype), None
+        return _one_kernel(q, k, v, bounds, longest, causal, scaling)[None].to(value.dtype), None
     lengths,gqa = [n for n in bounds.diff().tolist() if n],query.shape[1]!=key.shape[1]
     if query.device.type=='cpu' and not gqa and not dropout: return _RowAttention.apply(query, key, value, lengths, causal, scaling), None
     rows = zip(*(t.split(lengths, dim=2) for t in (query, key, value)))
