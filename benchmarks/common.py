@@ -72,7 +72,8 @@ def row_flops(
     from vlm_ft.packing import pack_batch
     from vlm_ft.planning import dry_step, hollow
     aten = torch.ops.aten
-    own = {aten._scaled_dot_product_flash_attention_for_cpu:lambda *a, out_shape=None, **kw: attention_flops(*a, **kw),
+    own = {aten.addmm_:lambda c, a, b, *args, out_shape=None, **kw: 2*a[0]*a[1]*b[1],              # what torch's counter leaves out
+           aten._scaled_dot_product_flash_attention_for_cpu:lambda *a, out_shape=None, **kw: attention_flops(*a, **kw),
            aten._scaled_dot_product_flash_attention_for_cpu_backward:lambda grad, q, k, v, out, sums, dropout, causal, out_shape=None, **kw: 2*attention_flops(q, k, v, dropout, causal)}
     net,mode = hollow(config, adapt=lambda m: FastVisionModel.get_peft_model(m, r=r, finetune_vision_layers=vision), dtype=torch.float32)
     with FlopCounterMode(display=False, custom_mapping=own) as count:

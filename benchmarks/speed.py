@@ -218,7 +218,7 @@ def main():
     with tempfile.TemporaryDirectory() as tmp:
         for case in cases:
             if any(l['case']==case for l in lines_of(a.out)): print(f"{a.out} has the case of {case['rows']} rows already"); continue
-            if a.minutes and time.monotonic()-start>60*a.minutes: print('No time is left; run the same command again.'); break
+            if a.minutes is not None and time.monotonic()-start>60*a.minutes: print('No time is left; run the same command again.'); break
             line = run(case, a, Path(tmp))
             with open(a.out, 'a') as f: f.write(json.dumps(line)+'\n')
             show([line])

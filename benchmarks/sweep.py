@@ -65,7 +65,7 @@ def measure(case:dict)->dict:
         path = write_rows(tmp, case['rows'] or (clock.warm+case['steps'])*case['batch'], size)
         model,processor = FastVisionModel.from_pretrained(roomy(case['model'], case['tokens']+TEXT, tmp), max_seq_length=case['tokens']+TEXT, max_pixels=max(size)**2, dtype=torch.bfloat16 if gpu else torch.float32)
         model = FastVisionModel.get_peft_model(model, r=16)
-        loaded,start = peak_gib(),time.perf_counter()
+        loaded,held,start = peak_gib(),torch.cuda.memory_allocated()/2**30 if gpu else None,time.perf_counter()
         rows = open_rows(path)
         opened = time.perf_counter()
         args = VisionTrainingArguments(output_dir=tmp/'run', per_device_train_batch_size=case['batch'], gradient_accumulation_steps=1, max_steps=10**6, learning_rate=2e-4, lr_scheduler_type='constant', save_strategy='no', seed=0,
@@ -73,7 +73,7 @@ def measure(case:dict)->dict:
         trainer = VisionTrainer(model, args, train_dataset=rows, processing_class=processor, callbacks=[clock], progress=False)
         checked = time.perf_counter()
         trainer.train()
-        found = dict(peak_gib=peak_gib(), **(dict(allocated_gib=torch.cuda.max_memory_allocated()/2**30, reserved_gib=torch.cuda.max_memory_reserved()/2**30) if gpu else {}))
+        found = dict(peak_gib=peak_gib(), **(dict(held_gib=held, allocated_gib=torch.cuda.max_memory_allocated()/2**30, reserved_gib=torch.cuda.max_memory_reserved()/2**30) if gpu else {}))
         steps = [b-a for a,b in zip(clock.ends[clock.warm-1:], clock.ends[clock.warm:])]
         work = row_work(case['model'], [rows[i] for i in range(min(len(rows), SHARED))], max(size)**2)
     return dict(size=size, loaded_gib=loaded, **found, open_s=opened-start, check_s=checked-opened, first_s=clock.ends[0]-start, steps=steps, step_s=statistics.median(steps), **work)
@@ -88,7 +88,7 @@ def of_axis(lines:list, axis:str)->list[dict]:
 
 def memory(line:dict)->tuple:
     "(GiB at most, GiB of them that were there before training): a GPU's, else the process's; of the axis of rows, the process's."
-    return (line['allocated_gib'], 0.) if 'allocated_gib' in line and line['case']['axis']!='rows' else (line['peak_gib'], line['loaded_gib'])
+    return (line['allocated_gib'], line['held_gib']) if 'allocated_gib' in line and line['case']['axis']!='rows' else (line['peak_gib'], line['loaded_gib'])
 
 def table_of(lines:list, axis:str)->list[dict]:
     "One dict a case, for `table`."
@@ -101,9 +101,14 @@ def table_of(lines:list, axis:str)->list[dict]:
     for i,l in enumerate(lines):
         speed = l['case']['batch']/l['step_s']
         out.append({'image tokens':round(l['image_tokens']), 'rows a pass':l['case']['batch'], 'a step, s':l['step_s'], 'grows as':grows['time'][i], 'its products':grows['work'][i], 'rows/s':speed, 'supervised tokens/s':speed*l['supervised'],
-                    'TFLOP/s':speed*l['tflop'], 'of the peak':f"{100*speed*l['tflop']/l['chip']['tflops']:.1f} %", **({'allocated GiB':l['allocated_gib'], 'reserved GiB':l['reserved_gib']} if 'allocated_gib' in l else {'loaded GiB':l['loaded_gib'], 'peak GiB':l['peak_gib']}),
-                    'beyond what is loaded grows as' if 'allocated_gib' not in l else 'memory grows as':grows['memory'][i]})
+                    'TFLOP/s':speed*l['tflop'], 'of the peak':f"{100*speed*l['tflop']/l['chip']['tflops']:.1f} %", **({'loaded GiB':l['held_gib'], 'allocated GiB':l['allocated_gib'], 'reserved GiB':l['reserved_gib']} if 'allocated_gib' in l else {'loaded GiB':l['loaded_gib'], 'peak GiB':l['peak_gib']}),
+                    'beyond it grows as':grows['memory'][i]})
     return out
+
+def reason(error:str)->str:
+    "The line of an error that names it."
+    lines = error.strip().splitlines()
+    return next((l for l in reversed(lines) if 'Error' in l), lines[-1])[:200]
 
 def groups(lines:list)->dict:
     "Lines by what was trained, and where."
@@ -117,30 +122,30 @@ def show(lines:list):
         for axis in AXES:
             if found := table_of(own, axis): print(f"\n{name}: {axis}\n{table(found)}")
             for l in own:
-                if l['case']['axis']==axis and 'error' in l: print(f"{axis} {l['case'][axis]:,}: failed, {l['error'].strip().splitlines()[-1][:200]}")
+                if l['case']['axis']==axis and 'error' in l: print(f"{axis} {l['case'][axis]:,}: failed, {reason(l['error'])}")
 
 def plot(lines:list, path:Path):
     "A panel for each axis: time above, peak memory below."
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
-    fig = Figure((12, 5.6), dpi=120, layout='constrained'); axes = fig.subplots(2, 3, sharex='col')
-    for col,(axis,label) in enumerate(zip(AXES, ('image tokens a row','rows a pass','rows in the file'))):
-        time_ax,memory_ax = axes[:,col]
-        for name,own in groups(lines).items():
-            own = of_axis(own, axis)
-            if not own: continue
+    drawn = [axis for axis in AXES if of_axis(lines, axis)]
+    fig = Figure((1+3.7*len(drawn), 5.6), dpi=120, layout='constrained'); axes = fig.subplots(2, len(drawn), sharex='col', squeeze=False)
+    for (time_ax,memory_ax),axis in zip(axes.T, drawn):
+        ticks = set()
+        for k,(name,own) in enumerate(groups(lines).items()):
+            own,style = of_axis(own, axis),dict(marker='o', ms=4, color=f'C{k}')
             x = [round(l['image_tokens']) if axis=='tokens' else l['case'][axis] for l in own]
-            if axis=='rows': time_ax.plot(x, [l['first_s'] for l in own], marker='s', ms=4, ls='--', label=f'until the first step is done ({name})')
-            line, = time_ax.plot(x, y := [l['step_s'] for l in own], marker='o', ms=4, label=f'a step ({name})' if axis=='rows' else name)
-            if axis!='rows': time_ax.plot(x, [y[0]*v/x[0] for v in x], color=line.get_color(), lw=.8, ls=':')
-            memory_ax.plot(x, [memory(l)[0] for l in own], marker='o', ms=4, color=line.get_color())
-        time_ax.set(xscale='log', yscale='log', title=f"{label}{'' if axis=='rows' else '; dotted: in proportion'}", ylabel='seconds a step' if axis!='rows' else 'seconds')
-        memory_ax.set(ylabel='peak GiB' + (' of the process' if axis=='rows' else ''), xlabel=label); memory_ax.set_ylim(0)
-        ticks = sorted({l['case'][axis] for l in lines if l['case']['axis']==axis})
-        memory_ax.set_xticks(ticks, [f'{t:,}' for t in ticks], rotation=30); memory_ax.minorticks_off()
+            ticks |= set(x)
+            time_ax.plot(x, y := [l['step_s'] for l in own], **style, label=name)
+            if own and axis!='rows': time_ax.plot(x, [y[0]*v/x[0] for v in x], color=f'C{k}', lw=.8, ls=':')
+            if axis=='rows': time_ax.plot(x, [l['first_s'] for l in own], **{**style, 'marker':'s'}, ls='--')
+            memory_ax.plot(x, [memory(l)[0] for l in own], **style)
+        time_ax.set(xscale='log', yscale='log', ylabel='seconds')
+        time_ax.set_title('dashed: until the first step is done' if axis=='rows' else 'a step; dotted: in proportion', loc='left', fontsize=10)
+        memory_ax.set(ylabel='peak GiB' + (' of the process' if axis=='rows' else ''), xlabel={'tokens':'image tokens a row', 'batch':'rows a pass', 'rows':'rows in the file'}[axis])
+        memory_ax.set_ylim(0, 1.15*memory_ax.get_ylim()[1]); memory_ax.set_xticks(sorted(ticks), [f'{t:,}' for t in sorted(ticks)], rotation=30); memory_ax.minorticks_off()
         for ax in (time_ax, memory_ax): ax.grid(alpha=.25); ax.spines[['top','right']].set_visible(False); ax.yaxis.set_major_formatter(FuncFormatter(lambda v,_: f'{v:g}'))
-        if time_ax.lines: time_ax.legend(frameon=False, fontsize=7)
-        time_ax.title.set_fontsize(10)
+    fig.legend(*axes[0,0].get_legend_handles_labels(), loc='outside upper left', frameon=False, fontsize=9)
     fig.savefig(path)
 
 def cases(a, model:str)->list[dict]:
@@ -172,7 +177,7 @@ def main():
     todo = [c for c in cases(a, model) if not any(l['case']==c and settled(l) for l in lines_of(a.out))]
     print(f"{len(todo)} cases to run", flush=True)
     for i,case in enumerate(todo):
-        if a.minutes and time.monotonic()-start>60*a.minutes: print(f'No time is left for {len(todo)-i} cases; run the same command again.'); break
+        if a.minutes is not None and time.monotonic()-start>60*a.minutes: print(f'No time is left for {len(todo)-i} cases; run the same command again.'); break
         chip = chip or json.loads(apart('common.py')[-1])
         line = run(case, chip)
         with open(a.out, 'a') as f: f.write(json.dumps(line)+'\n')
