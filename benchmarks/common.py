@@ -97,7 +97,7 @@ def row_work(
 def peak()->dict: # device, tflops
     "The most operations a second of matrix products that this machine shows: 8192 numbers wide in bfloat16 on a GPU; on a CPU 2048, in float32 or bfloat16, whichever is faster."
     import torch
-    gpu = torch.cuda.is_available()
+    gpu,threads = torch.cuda.is_available(),torch.get_num_threads()
     n,best = 8192 if gpu else 2048,0.
     wait = torch.cuda.synchronize if gpu else lambda: None
     for dtype in (torch.bfloat16,) if gpu else (torch.float32, torch.bfloat16):
@@ -108,6 +108,6 @@ def peak()->dict: # device, tflops
             for _ in range(times): a@b
             wait()
             if i: best = max(best, 2*n**3*times/(time.perf_counter()-start))
-    return dict(device=torch.cuda.get_device_name() if gpu else f'CPU, {torch.get_num_threads()} threads', tflops=best/1e12)
+    return dict(device=torch.cuda.get_device_name() if gpu else f'CPU, {threads} thread{"s"*(threads>1)}', tflops=best/1e12)
 
 if __name__=='__main__': print(json.dumps(peak()))

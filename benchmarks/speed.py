@@ -8,7 +8,7 @@
 Every trainer is a process of its own that loads once and then waits for its turn: windows alternate, and each is `--steps` steps after one that is not counted. Pictures are
 opened, resized and collated within the time. LoRA r=16, AdamW, answers alone carry loss. "transformers" is its Trainer over PEFT's layers, with the same batches, padded.
 Results are added to --out, a line a case; a case that is there already is not run again. DATA holds train.jsonl with image, question, answer.
-TFLOP/s are those of the matrix products that a row needs (common.py: what is computed again or on padding does not count), alike for every trainer; the peak is measured in the same run.
+TFLOP/s are those of the matrix products that a row needs (common.py: what is computed again or on padding does not count, and the tower does, whether --cached or not), alike for every trainer; the peak is measured in the same run.
 """
 import argparse, json, os, random, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -223,6 +223,6 @@ def main():
             with open(a.out, 'a') as f: f.write(json.dumps(line)+'\n')
             show([line])
     if len(cases)>1: show(done := [l for l in lines_of(a.out) if l['case'] in cases]); print('\n'.join(best(done)))
-    if a.plot: plot(lines_of(a.out), a.plot)
+    if a.plot and (lines := lines_of(a.out)): plot(lines, a.plot)
 
 if __name__=='__main__': main()

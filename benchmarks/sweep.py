@@ -5,7 +5,8 @@
     python benchmarks/sweep.py --axis tokens --tokens 64 1024 4096
 
 tokens: rows with one picture of so many tokens, --hold rows a pass.   batch: so many rows a pass, one picture of 256 tokens in each.
-rows: a file of so many rows is opened (`open_rows`), checked whole by the trainer, and trained on for a few steps; the rows share eight pictures of the fewest --tokens.
+rows: a file of so many rows is opened (`open_rows`), checked whole by the trainer, and trained on for a few steps; the rows share eight pictures of the fewest --tokens. What they may add is bounded: the
+tokenizer remembers 10,000 pieces of text (some 30 MiB with the embedded base), the check and the order of an epoch take about 100 bytes a row.
 
 Each case is a process of its own, so that its peak is its own. LoRA r=16 on all parts, AdamW, feature cache off, everything kept for the backward pass unless --checkpointing computes each block again. A step's time
 is the median of --steps after the first ones, pictures opened and collated within it; "grows as" is the exponent between a case and the one before it, 1 being in proportion. Results are added to --out, a line a case;
