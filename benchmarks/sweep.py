@@ -139,10 +139,13 @@ def plot(lines:list, path:Path):
             ticks |= set(x)
             time_ax.plot(x, y := [l['step_s'] for l in own], **style, label=name)
             if own and axis!='rows': time_ax.plot(x, [y[0]*v/x[0] for v in x], color=f'C{k}', lw=.8, ls=':')
+            if own and axis=='tokens':                                        # as much time for each product, the middle case's
+                products = [l['tflop'] for l in own]
+                time_ax.plot(x, [v*statistics.median(t/p for t,p in zip(y, products)) for v in products], color=f'C{k}', lw=.8, ls='--')
             if axis=='rows': time_ax.plot(x, [l['first_s'] for l in own], **{**style, 'marker':'s'}, ls='--')
             memory_ax.plot(x, [memory(l)[0] for l in own], **style)
         time_ax.set(xscale='log', yscale='log', ylabel='seconds')
-        time_ax.set_title('dashed: until the first step is done' if axis=='rows' else 'a step; dotted: in proportion', loc='left', fontsize=10)
+        time_ax.set_title({'tokens':'a step; dotted: in proportion, dashed: as its products', 'batch':'a step; dotted: in proportion', 'rows':'a step; dashed: until the first one is done'}[axis], loc='left', fontsize=9)
         memory_ax.set(ylabel='peak GiB' + (' of the process' if axis=='rows' else ''), xlabel={'tokens':'image tokens a row', 'batch':'rows a pass', 'rows':'rows in the file'}[axis])
         memory_ax.set_ylim(0, 1.15*memory_ax.get_ylim()[1]); memory_ax.set_xticks(sorted(ticks), [f'{t:,}' for t in sorted(ticks)], rotation=30); memory_ax.minorticks_off()
         for ax in (time_ax, memory_ax): ax.grid(alpha=.25); ax.spines[['top','right']].set_visible(False); ax.yaxis.set_major_formatter(FuncFormatter(lambda v,_: f'{v:g}'))
