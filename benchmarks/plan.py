@@ -17,7 +17,6 @@ SETTINGS = {  # rows a pass, and what is unlike the defaults
     'all kept':            dict(rows=1, checkpointing=False),
     '4 bit, no vision':    dict(rows=8, bits=4, vision=False),
 }
-TEXT_7B = dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944, vocab_size=152064, tie_word_embeddings=False)
 
 def config_and_processor(arch):
     "An architecture's config and a processor with the published resolution; `arch` may be a folder."
@@ -30,9 +29,6 @@ def config_and_processor(arch):
         from vlm_ft.models.family import family_for
         config = AutoConfig.from_pretrained(arch)
         return config, load_processor(family_for(config), Path(arch))
-    if arch=='qwen2vl-7b':
-        name,text,vision = six_steps.SIZES['qwen2vl-2b']
-        six_steps.SIZES[arch] = (name, {**text, **TEXT_7B}, {**vision, 'hidden_size':3584})
     return six_steps.config_and_processor(arch, False)
 
 def random_model(config, bits, dtype, device):

@@ -1,7 +1,7 @@
 """The six steps on a real architecture with random weights: load, LoRA, data, setup, train, merge; one JSON line of seconds and memory.
 
 usage: python benchmarks/six_steps.py ARCH [--bits 16|8|4] [--steps 30] [--folder DIR] [--tiny]
-ARCH: qwen2vl-2b, llama32-11b, pixtral-12b. `--tiny` takes two layers, to try the script on a CPU. Speed and memory do not depend on the weights' values.
+ARCH: qwen2vl-2b, qwen2vl-7b, llama32-11b, pixtral-12b. `--tiny` takes two layers, to try the script on a CPU. Speed and memory do not depend on the weights' values.
 """
 import argparse, json, math, shutil, tempfile, time
 from pathlib import Path
@@ -22,6 +22,8 @@ SIZES = {  # family, text width/layers/heads/kv/mlp/vocab, vision settings: thos
                                     rope_parameters=dict(rope_type='default', rope_theta=1e9), max_position_embeddings=131072),
                     dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, image_size=1024, patch_size=16)),
 }
+_,TEXT,VISION = SIZES['qwen2vl-2b']
+SIZES['qwen2vl-7b'] = ('qwen2_vl', {**TEXT, **dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944, vocab_size=152064, tie_word_embeddings=False)}, {**VISION, 'hidden_size':3584})
 
 def config_and_processor(arch, few):
     "The architecture's config, two layers deep if `few`, and a processor with the published resolution."

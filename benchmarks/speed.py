@@ -3,32 +3,32 @@
     python benchmarks/speed.py                                                   # on a CPU, with the embedded base: ours beside transformers and PEFT
     python benchmarks/speed.py --data DATA/ocr_lines_fraktur --max-pixels 28672
     python benchmarks/speed.py --arch qwen2vl-2b --who ours unsloth transformers --rows 4 --accumulate 4 --checkpointing     # on a GPU, random weights
+    python benchmarks/speed.py --arch qwen2vl-2b --rows 1 2 4 8 16 32 --step-rows 16 --checkpointing --minutes 7 --plot speed.png   # rows/s against memory; run again until all are there
 
 Every trainer is a process of its own that loads once and then waits for its turn: windows alternate, and each is `--steps` steps after one that is not counted. Pictures are
 opened, resized and collated within the time. LoRA r=16, AdamW, answers alone carry loss. "transformers" is its Trainer over PEFT's layers, with the same batches, padded.
 Results are added to --out, a line a case; a case that is there already is not run again. DATA holds train.jsonl with image, question, answer.
+TFLOP/s are those of the matrix products that a row needs (common.py: what is computed again or on padding does not count, and the tower does, whether --cached or not), alike for every trainer; the peak is measured in the same run.
 """
 import argparse, json, os, random, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-BASE = HERE.parent/'vlm_ft'/'base'
-WORDS = 'invoice total amount due date tax customer number street city product price quantity order paid balance'.split()
+from common import BASE, HERE, WORDS, apart, checkpoint, lines_of, page, row_work
 
 def drawn_pages(folder, n, tokens=(100,1200), side=28, seed=0):
     "Pages of words of `tokens` squares of `side` pixels, log-uniform, 1:4 to 4:1; answers of 2 to 400 characters."
-    from PIL import Image, ImageDraw
     rng,lines = random.Random(seed),[]
     for i in range(n):
         area,aspect = tokens[0]*(tokens[1]/tokens[0])**rng.random(),4**rng.uniform(-1, 1)
         w,h = (max(2*side, round((area*r)**.5*side)) for r in (aspect, 1/aspect))
-        page = Image.new('RGB', (w,h), tuple(rng.randrange(200, 256) for _ in range(3)))
-        draw = ImageDraw.Draw(page)
-        for y in range(4, h-10, 14): draw.text((4, y), ' '.join(f'{rng.choice(WORDS)} {rng.randrange(999)}' for _ in range(max(1, w//70))), fill='black')
-        page.save(folder/f'{i}.jpg', quality=90)
+        page((w,h), rng).save(folder/f'{i}.jpg', quality=90)
         answer = ' '.join(rng.choice(WORDS) for _ in range(max(2, int(rng.lognormvariate(2.8, .8)))))[:400].strip()
         lines.append(json.dumps(dict(image=f'{i}.jpg', question=f'Read the text in the image. Field {i}?', answer=answer)))
     (folder/'train.jsonl').write_text('\n'.join(lines))
+
+def rows_of(data, n):
+    "The first rows of a folder, with the places of their pictures."
+    return [{**r, 'image':str(Path(data)/r['image'])} for r in map(json.loads, open(Path(data)/'train.jsonl'))][:n]
 
 def load(a):
     "Model, processor and arguments of one trainer's process."
@@ -38,7 +38,7 @@ def load(a):
     args = dict(output_dir=tempfile.mkdtemp(), max_steps=10**6, per_device_train_batch_size=many['rows'], gradient_accumulation_steps=many['accumulate'], learning_rate=2e-4, lr_scheduler_type='constant', save_strategy='no',
                 logging_steps=10**6, logging_first_step=False, gradient_checkpointing=many['checkpointing'], seed=0, dataloader_num_workers=4 if gpu else 0, dataloader_pin_memory=gpu, disable_tqdm=True, bf16=gpu,
                 optim='adamw_torch_fused' if gpu else 'adamw_torch')
-    rows = [{**r, 'image':str(Path(many['data'])/r['image'])} for r in map(json.loads, open(Path(many['data'])/'train.jsonl'))][:many['n']]
+    rows = rows_of(many['data'], many['n'])
     dtype = torch.bfloat16 if gpu else torch.float32
     if a.worker=='unsloth':
         from trl import SFTConfig, SFTTrainer
@@ -87,9 +87,9 @@ def work(a):
     gpu = torch.cuda.is_available()
     now = lambda: (torch.cuda.synchronize() if gpu else None, time.perf_counter())[1]
     def peak():
-        if gpu: return torch.cuda.max_memory_reserved()/2**30
+        if gpu: return dict(peak_gib=torch.cuda.max_memory_reserved()/2**30, allocated_gib=torch.cuda.max_memory_allocated()/2**30)
         from vlm_ft.evaluation.precision import peak_gib
-        return peak_gib()
+        return dict(peak_gib=peak_gib())
     class Turns(TrainerCallback):
         until,seen = many['warm'],0
         def on_train_begin(self, *args, **kwargs): self.begun = now(); self.loaded = self.begun-start
@@ -98,7 +98,7 @@ def work(a):
             if self.seen==self.until-many['steps'] and self.until>many['warm']: self.at = now()
             if self.seen<self.until: return
             figures = dict(load=self.loaded, warm=now()-self.begun) if self.until==many['warm'] else dict(rows_per_second=many['rows']*many['accumulate']*many['steps']/(now()-self.at))
-            say.write(json.dumps(dict(figures, peak_gib=peak()))+'\n'); say.flush()
+            say.write(json.dumps({**figures, **peak()})+'\n'); say.flush()
             if sys.stdin.readline().strip()!='go': control.should_training_stop = True; return
             self.until = self.seen+1+many['steps']
     trainer = load(a)
@@ -132,39 +132,97 @@ def compare(spec, who, windows)->dict:
             if 'error' in found[p.who]: continue
             p.say('go'); got = p.hear()
             if 'error' in got: found[p.who]['error'] = got['error']; continue
-            found[p.who]['windows'].append(got['rows_per_second']); found[p.who]['peak_gib'] = got['peak_gib']
-            print(f"window {i+1} {p.who:12} {got['rows_per_second']:.2f} rows/s, {got['peak_gib']:.2f} GiB", flush=True)
+            found[p.who]['windows'].append(got.pop('rows_per_second')); found[p.who] |= got
+            print(f"window {i+1} {p.who:12} {found[p.who]['windows'][-1]:.2f} rows/s, {got['peak_gib']:.2f} GiB", flush=True)
     for p in peers: p.say('stop'); p.process.wait(60)
     return found
+
+def table_of(line:dict)->list[dict]:
+    "What a case found, a dict a trainer, for `table`."
+    work,chip = line.get('work') or {},line.get('chip') or {}                 # lines of an earlier version have neither
+    out = []
+    for who,f in line['found'].items():
+        if not f['windows']: continue
+        middle = statistics.median(f['windows'])
+        tflops = middle*work['tflop'] if work else None
+        out.append({'trainer':who, 'rows a pass':line['case']['rows'], 'rows/s, least':min(f['windows']), 'median':middle, 'most':max(f['windows']), 'supervised tokens/s':middle*work['supervised'] if work else None,
+                    'TFLOP/s':tflops, 'of the peak':f"{100*tflops/chip['tflops']:.1f} %" if chip and work else None, **({'allocated GiB':f['allocated_gib'], 'reserved GiB':f['peak_gib']} if 'allocated_gib' in f else {'peak GiB':f['peak_gib']}),
+                    'first steps, s':f['warm']})
+    return out
+
+def best(lines:list)->list[str]:
+    "Ours beside each peer over several numbers of rows a pass: both at their best, and within the least memory that the peer takes."
+    points = {}
+    for line in lines:
+        for who,f in line['found'].items():
+            if f['windows']: points.setdefault(who, []).append((statistics.median(f['windows']), f['peak_gib'], line['case']['rows']))
+    ours,out = points.pop('ours', []),[]
+    for who,p in points.items() if ours else ():
+        (speed,_,rows),(peer,_,peer_rows),low = max(ours),max(p),min(p, key=lambda x: x[1])
+        within = max((o for o in ours if o[1]<=low[1]), default=None)
+        out.append(f"At their best, ours / {who}: {speed:.2f} ({rows} rows a pass) / {peer:.2f} ({peer_rows}) = {speed/peer:.2f}. In {who}'s least memory, {low[1]:.2f} GiB: "
+                   + (f"{within[0]:.2f} ({within[2]}) / {low[0]:.2f} ({low[2]}) = {within[0]/low[0]:.2f}." if within else "none of ours fits."))
+    return out
+
+def plot(lines:list, path:Path):
+    "Rows a second against peak memory, a line for each trainer and setting, a point for each number of rows a pass; bars from the slowest window to the fastest."
+    from matplotlib.figure import Figure
+    settings = [{k:v for k,v in l['case'].items() if k not in ('who','rows','accumulate')} for l in lines]
+    unlike = [k for k in settings[0] if len({json.dumps(s.get(k)) for s in settings})>1]
+    curves = {}
+    for line,how in zip(lines, settings):
+        for who,f in line['found'].items():
+            if f['windows']: curves.setdefault(', '.join([who, *(f'{k}={how.get(k)}' for k in unlike)]), []).append((line['case']['rows'], f['peak_gib'], f['windows'], 'allocated_gib' in f))
+    fig = Figure((7, 4.2), dpi=120, layout='constrained'); ax = fig.subplots()
+    for name,points in sorted(curves.items()):
+        points.sort(key=lambda p: p[0])
+        y = [statistics.median(w) for *_,w,_ in points]
+        ax.errorbar([p[1] for p in points], y, yerr=[[m-min(p[2]) for m,p in zip(y, points)], [max(p[2])-m for m,p in zip(y, points)]], marker='o', ms=4, capsize=3, label=name)
+        for p,m in zip(points, y): ax.annotate(f' {p[0]}', (p[1], m), xytext=(3, 4), textcoords='offset points', fontsize=8)
+    ax.set_xlabel('peak reserved GiB' if any(p[3] for c in curves.values() for p in c) else 'peak GiB of the process'); ax.set_ylabel('rows/s'); ax.set_ylim(0); ax.margins(x=.12)
+    ax.set_title('Numbers beside points are rows a pass', loc='left', fontsize=10); ax.legend(frameon=False, fontsize=8); ax.grid(alpha=.25); ax.spines[['top','right']].set_visible(False)
+    fig.savefig(path)
+
+def run(case:dict, a, tmp:Path)->dict:
+    "One case: its line of --out."
+    model = checkpoint(a.arch, a.folder) if a.arch else a.model
+    small = model==str(BASE)
+    if not a.data and not (tmp/'train.jsonl').exists(): drawn_pages(tmp, a.n, *(((40,112), 16) if small else ()))
+    spec = {**case, 'model':model, 'data':str(Path(a.data or tmp).resolve()), 'steps':a.steps, 'warm':a.warm, 'max_pixels':a.max_pixels or (28672 if small else None)}
+    print(f"{case['rows']} rows a pass, {case['accumulate']} passes a step", flush=True)
+    told = dict(chip=json.loads(apart('common.py')[-1]), work=row_work(model, rows_of(spec['data'], a.n), spec['max_pixels'], not a.vision_frozen))
+    return dict(case=case, found=compare(spec, a.who, a.windows), **told)
+
+def show(lines:list):
+    from vlm_ft.models.family import table
+    print('\n'+table([row for line in lines for row in table_of(line)]))
+    for line in lines:
+        middle = {w:statistics.median(f['windows']) for w,f in line['found'].items() if f['windows']}
+        if 'ours' in middle and len(middle)>1: print(f"{line['case']['rows']} rows a pass:", '  '.join(f"ours / {w}: {middle['ours']/v:.2f}" for w,v in middle.items() if w!='ours'))
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('--who', nargs='+', default=['ours','transformers'], choices=('ours','transformers','unsloth')); ap.add_argument('--arch', help='of six_steps.py: a random checkpoint is written to --folder')
     ap.add_argument('--folder', type=Path, default=Path('checkpoints')); ap.add_argument('--model', default=str(BASE)); ap.add_argument('--data', help='folder of rows; without it pages are drawn')
-    ap.add_argument('--rows', type=int, default=16, help='a pass'); ap.add_argument('--accumulate', type=int, default=1, help='passes a step'); ap.add_argument('--bits', type=int, default=16, choices=(16,4))
+    ap.add_argument('--rows', type=int, nargs='+', default=[16], help='a pass; each number is a case'); ap.add_argument('--accumulate', type=int, default=1, help='passes a step')
+    ap.add_argument('--step-rows', type=int, help='rows a step, which settle --accumulate'); ap.add_argument('--minutes', type=float, help='no case is begun after'); ap.add_argument('--plot', type=Path, help='file for rows/s against memory, of all cases in --out')
+    ap.add_argument('--bits', type=int, default=16, choices=(16,4))
     ap.add_argument('--max-pixels', type=int, help='of a picture; the embedded base takes 28672 unless told'); ap.add_argument('--checkpointing', action='store_true'); ap.add_argument('--vision-frozen', action='store_true')
     ap.add_argument('--cached', action='store_true', help='with --vision-frozen: features are kept over epochs'); ap.add_argument('--n', type=int, default=400, help='different rows')
     ap.add_argument('--steps', type=int, default=10, help='of a window'); ap.add_argument('--windows', type=int, default=3); ap.add_argument('--warm', type=int, default=4, help='steps before the first window')
     ap.add_argument('--out', type=Path, default=Path('speed.jsonl')); ap.add_argument('--worker', help=argparse.SUPPRESS); ap.add_argument('--spec', help=argparse.SUPPRESS)
     a = ap.parse_args()
     if a.worker: return work(a)
-    case = {k:getattr(a, k) for k in ('who','arch','model','data','rows','accumulate','bits','max_pixels','checkpointing','vision_frozen','cached','n')}
-    if a.out.exists() and any(json.loads(l)['case']==case for l in open(a.out)): return print(f'{a.out} has this case already')
+    start,settings = time.monotonic(),('who','arch','model','data','bits','max_pixels','checkpointing','vision_frozen','cached','n')
+    cases = [{**{k:getattr(a, k) for k in settings}, 'rows':rows, 'accumulate':max(1, a.step_rows//rows) if a.step_rows else a.accumulate} for rows in a.rows]
     with tempfile.TemporaryDirectory() as tmp:
-        if a.arch:
-            sys.path.insert(0, str(HERE))
-            from six_steps import write_checkpoint
-            a.model = str(a.folder/a.arch)
-            if not (a.folder/a.arch/'config.json').exists(): write_checkpoint(a.arch, a.model, False)
-        small = a.model==str(BASE)
-        if not a.data: drawn_pages(Path(tmp), a.n, *(((40,112), 16) if small else ()))
-        spec = {**case, 'model':a.model, 'data':str(Path(a.data or tmp).resolve()), 'steps':a.steps, 'warm':a.warm, 'max_pixels':a.max_pixels or (28672 if small else None)}
-        found = compare(spec, a.who, a.windows)
-    print(f"\n{'':12}  rows/s: least, median, most    peak GiB  first steps, s")
-    for w,f in found.items():
-        if f['windows']: print(f"{w:12}  {min(f['windows']):6.2f}  {statistics.median(f['windows']):6.2f}  {max(f['windows']):6.2f}        {f['peak_gib']:7.2f}   {f['warm']:7.1f}")
-    middle = {w:statistics.median(f['windows']) for w,f in found.items() if f['windows']}
-    if 'ours' in middle: print('  '.join(f"ours / {w}: {middle['ours']/v:.2f}" for w,v in middle.items() if w!='ours'))
-    with open(a.out, 'a') as f: f.write(json.dumps(dict(case=case, found=found))+'\n')
+        for case in cases:
+            if any(l['case']==case for l in lines_of(a.out)): print(f"{a.out} has the case of {case['rows']} rows already"); continue
+            if a.minutes is not None and time.monotonic()-start>60*a.minutes: print('No time is left; run the same command again.'); break
+            line = run(case, a, Path(tmp))
+            with open(a.out, 'a') as f: f.write(json.dumps(line)+'\n')
+            show([line])
+    if len(cases)>1: show(done := [l for l in lines_of(a.out) if l['case'] in cases]); print('\n'.join(best(done)))
+    if a.plot and (lines := lines_of(a.out)): plot(lines, a.plot)
 
 if __name__=='__main__': main()
