@@ -6,6 +6,7 @@ ARCH: qwen2vl-2b, qwen2vl-7b, llama32-11b, pixtral-12b. `--tiny` takes two layer
 import argparse, json, math, shutil, tempfile, time
 from pathlib import Path
 import torch, transformers
+from transformers.image_utils import SizeDict
 from vlm_ft import FastVisionModel, VisionDataCollator, VisionTrainer, VisionTrainingArguments
 from vlm_ft.models.family import family_for
 from vlm_ft.models.tiny import drawn, tiny_config, tiny_processor
@@ -36,7 +37,7 @@ def config_and_processor(arch, few):
     kinds = [dict(model_type=c.model_type) for c in (small.text_config, small.vision_config)] if name=='pixtral' else [{},{}]
     if 'tie_word_embeddings' in text: top['tie_word_embeddings'] = text['tie_word_embeddings']
     config = type(small)(**{**top, 'text_config':{**kinds[0], **ids, **text}, 'vision_config':{**kinds[1], **vision}})
-    processor.image_processor.size = {'qwen2_vl':{'shortest_edge':56*56,'longest_edge':28*28*1280}, 'mllama':{'height':560,'width':560}, 'pixtral':{'longest_edge':1024}}[name]
+    processor.image_processor.size = SizeDict(**{'qwen2_vl':{'shortest_edge':56*56,'longest_edge':28*28*1280}, 'mllama':{'height':560,'width':560}, 'pixtral':{'longest_edge':1024}}[name])
     return config, processor
 
 def write_checkpoint(arch, folder, few):

@@ -458,7 +458,7 @@ class Training:
         n_tokens:int=24576, # of a batch
         lr:float=4e-3,      # of the matrices, at the top of its cosine
         warmup:int=200,     # steps to get there
-        workers:int=15,     # processes that draw
+        workers:int=30,     # processes that draw
         views:int=2,        # how often a batch is seen
         compiled:bool=False,# fuse the blocks and record the steps (CUDA)
         seed:int=0,
@@ -588,7 +588,7 @@ def main():
     p.add_argument('--task', default='', help="teach only tasks whose name begins so: ocr, ocr/lines, …")
     p.add_argument('--compiled', action='store_true', help='fuse the blocks, record the steps (CUDA)')
     p.add_argument('--resume', action='store_true', help='go on from state.pt of --out')
-    for name,default in dict(minutes=12., stretch=math.inf, n_tokens=24576, lr=4e-3, workers=15, views=2, seed=0, measure_every=60., measured=.3, final=1.).items():
+    for name,default in dict(minutes=12., stretch=math.inf, n_tokens=24576, lr=4e-3, workers=30, views=2, seed=0, measure_every=60., measured=.3, final=1.).items():
         p.add_argument(f'--{name.replace("_", "-")}', type=type(default), default=default, help=f'default {default}')
     args = vars(p.parse_args())
     if args.pop('collect'):

@@ -53,7 +53,7 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, scaling, dtype):
         flat,weight,a,b = x.reshape(-1, x.shape[-1]).to(dtype),weight.to(dtype),A.to(dtype),B.to(dtype)
-        h,ctx.half = flat@a.T,_HALF.get() and not x.is_cuda and dtype==torch.float32
+        h,ctx.half = flat@a.T,not x.is_cuda and dtype==torch.float32 and _HALF.get()
         y = wide_and_thin(flat, weight.T, h, b.T, scaling, None if bias is None else bias.to(dtype), ctx.half)
         ctx.save_for_backward(flat, weight, a, b, h)
         ctx.scaling,ctx.like = scaling,(x.dtype, x.shape, A.dtype)
