@@ -15,7 +15,7 @@ class Reader:
     "Rows into model inputs: the chat template, one placeholder for 2x2 patches, labels on the answer."
     def __init__(self, model, max_pixels=None):
         self.tokenizer,self.pictures = AutoTokenizer.from_pretrained(model),Qwen2VLImageProcessorPil.from_pretrained(model)
-        if max_pixels: self.pictures.size = {**self.pictures.size, 'longest_edge':max_pixels}
+        if max_pixels: self.pictures.size = dict(shortest_edge=self.pictures.size['shortest_edge'], longest_edge=max_pixels)
         self.image_id = self.tokenizer.convert_tokens_to_ids('<|image_pad|>')
 
     def prompt(self, row):
