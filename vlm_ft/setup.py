@@ -154,6 +154,7 @@ class VisionTrainingArguments(TrainingArguments):
     gradient_checkpointing:bool = True
     gradient_checkpointing_kwargs:dict|str|None = None   # never reentrant
     activation_gib:float|None = None                     # with gradient_checkpointing, memory for what blocks keep; those that find no room are run again. None: what is free, 0: all are
+    compile_blocks:bool = False                          # packed passes run each kind of block as one compiled graph: on a GPU, for runs of many minutes
     remove_unused_columns:bool = False                   # pictures are columns that no forward() names
     dataloader_num_workers:int = _on_gpu(4, 0)           # opening pictures costs tens of ms each: not in the training process
     dataloader_pin_memory:bool = _on_gpu(True, False)
@@ -187,6 +188,8 @@ class VisionTrainingArguments(TrainingArguments):
             raise ValueError(f"tokens_per_pass must be a whole number of tokens.\nFound: tokens_per_pass={n!r}.\nTry: leave it out for passes of per_device_train_batch_size rows.")
         if self.greater_is_better is None and re.search(r'(^|[^a-z])[cw]er$|loss$', str(self.metric_for_best_model).lower()):
             self.greater_is_better = False                           # error rates; transformers knows of losses alone
+        if self.torch_compile and self.packing:
+            raise ValueError("torch_compile compiles the model's own forward(), which packed passes do not call.\nFound: torch_compile=True.\nTry: compile_blocks=True, or packing=False.")
         kwargs = self.gradient_checkpointing_kwargs or {}
         if isinstance(kwargs, dict) and kwargs.get('use_reentrant'):
             raise ValueError("Reentrant checkpointing gives no gradient to a block whose input needs none, as beside a frozen part.\n"

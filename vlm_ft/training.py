@@ -32,6 +32,7 @@ from .features import FeatureCache, free_gib, looks_once, with_features
 from .kernels.lora import half_products
 from .packing import packed, packed_loss
 from .recompute import Recompute
+from .kernels.compiled import BlockGraphs
 from .setup import VisionDataCollator, VisionTrainingArguments
 
 # %% ../nbs/04_training.ipynb #ea815d81
@@ -295,6 +296,7 @@ class VisionTrainer(Trainer):
         self.passes = self._passes(args.tokens_per_pass) if getattr(args, 'tokens_per_pass', None) else None
         self.most = args.tokens_per_pass if self.passes else longest and longest*args.per_device_train_batch_size       # tokens of the largest pass; None: not known
         self.recompute = Recompute(model, getattr(args, 'activation_gib', None)) if args.gradient_checkpointing else None
+        self.graphs = BlockGraphs(model) if self.packs and getattr(args, 'compile_blocks', False) else nullcontext()
         gib = getattr(args, 'feature_cache_gib', None)
         self.features = FeatureCache(free_gib()/4 if gib is None else gib) if self.packs and gib!=0 and not augment and looks_once(model, family_for(model)) else None
 
@@ -442,7 +444,7 @@ def training_step(self:VisionTrainer, model, inputs, num_items_in_batch=None):
     self._tokens = self._tokens + n
     if first and self.recompute: self.recompute.watch()
     try:
-        with (packed(model, family_for(model)) if 'row_bounds' in inputs else nullcontext()), half_products(getattr(self.args, 'half_products', False)):   # a checkpointed block runs again in the backward pass
+        with (packed(model, family_for(model)) if 'row_bounds' in inputs else nullcontext()), (nullcontext() if first else self.graphs), half_products(getattr(self.args, 'half_products', False)):   # a checkpointed block runs again in the backward pass
             loss = Trainer.training_step(self, model, inputs, num_items_in_batch)
     except torch.OutOfMemoryError as e: raise torch.OutOfMemoryError(memory_advice(inputs, self.args, family_for(model))) from e
     if first and self.recompute: self.kept = self.recompute.settle(self.most/int(n) if self.most else 2.)
