@@ -181,7 +181,7 @@ def paired_shares(
     "The 95 % interval of the difference of two shares of the same n rows (Agresti & Min 2005): half a row is added to each of the four outcomes."
     z,m,gap = _z.inv_cdf(.975),n+2,wins-losses
     half = z*math.sqrt(wins+losses+1-gap**2/m)/m
-    return gap/m-half, gap/m+half
+    return max(-1., gap/m-half), min(1., gap/m+half)
 
 class Difference(dict):
     "Figures of a comparison: first, second, difference, low, high, p, rows, groups, changed, needed, better (a name, or None within noise). Prints as a sentence."
