@@ -11,7 +11,8 @@ again, so that a run that was cut off goes on. The table is printed in the end, 
 import argparse, json, subprocess, sys, tempfile, time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+from common import HERE, lines_of, processor_of
+
 SETTINGS = {  # rows a pass, and what is unlike the defaults
     'checkpointing':       dict(rows=8),
     'all kept':            dict(rows=1, checkpointing=False),
@@ -20,15 +21,9 @@ SETTINGS = {  # rows a pass, and what is unlike the defaults
 
 def config_and_processor(arch):
     "An architecture's config and a processor with the published resolution; `arch` may be a folder."
-    sys.path.insert(0, str(HERE))
     import six_steps
     if arch=='tiny': return six_steps.config_and_processor('qwen2vl-2b', True)
-    if Path(arch).is_dir():
-        from transformers import AutoConfig
-        from vlm_ft.loading import load_processor
-        from vlm_ft.models.family import family_for
-        config = AutoConfig.from_pretrained(arch)
-        return config, load_processor(family_for(config), Path(arch))
+    if Path(arch).is_dir(): return processor_of(arch)[:2]
     return six_steps.config_and_processor(arch, False)
 
 def random_model(config, bits, dtype, device):
@@ -122,7 +117,7 @@ def case(a):
 
 def show(path):
     from vlm_ft.models.family import table
-    lines = [json.loads(l) for l in path.read_text().splitlines()] if path.exists() else []
+    lines = lines_of(path)
     percent = lambda l, k: f"{100*(l['planned_gib']/l[k]-1):+.1f} %" if l.get(k) else None
     print(table([{'model':Path(l['arch']).name, 'setting':l['setting'], 'rows':l['rows'], 'planned GiB':l.get('planned_gib'), 'allocated GiB':l.get('allocated_gib'), 'error':percent(l, 'allocated_gib'),
                   'reserved GiB':l.get('reserved_gib'), 'of it':percent(l, 'reserved_gib'), 'failed':(l.get('error') or '')[-60:].replace('\n', ' ')} for l in lines]))
@@ -137,7 +132,7 @@ def main():
         a.arch,a.setting = a.case
         return print('RESULT '+json.dumps(case(a)))
     start = time.monotonic()
-    done = {(l['arch'],l['setting']) for l in map(json.loads, a.out.read_text().splitlines()) if 'error' not in l} if a.out.exists() else set()
+    done = {(l['arch'],l['setting']) for l in lines_of(a.out) if 'error' not in l}
     for arch in ['tiny'] if a.tiny else a.model or a.arch:
         for setting in a.setting:
             left = 60*a.minutes-(time.monotonic()-start)

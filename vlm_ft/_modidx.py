@@ -141,7 +141,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'vlm_ft.base.recipe.Training.progress': ('base/recipe.html#training.progress', 'vlm_ft/base/recipe.py'),
                                     'vlm_ft.base.recipe.Training.save': ('base/recipe.html#training.save', 'vlm_ft/base/recipe.py'),
                                     'vlm_ft.base.recipe.batches': ('base/recipe.html#batches', 'vlm_ft/base/recipe.py'),
-                                    'vlm_ft.base.recipe.compile_blocks': ('base/recipe.html#compile_blocks', 'vlm_ft/base/recipe.py'),
                                     'vlm_ft.base.recipe.course_texts': ('base/recipe.html#course_texts', 'vlm_ft/base/recipe.py'),
                                     'vlm_ft.base.recipe.filled': ('base/recipe.html#filled', 'vlm_ft/base/recipe.py'),
                                     'vlm_ft.base.recipe.learn_pieces': ('base/recipe.html#learn_pieces', 'vlm_ft/base/recipe.py'),

@@ -296,7 +296,7 @@ class VisionTrainer(Trainer):
         self.passes = self._passes(args.tokens_per_pass) if getattr(args, 'tokens_per_pass', None) else None
         self.most = args.tokens_per_pass if self.passes else longest and longest*args.per_device_train_batch_size       # tokens of the largest pass; None: not known
         self.recompute = Recompute(model, getattr(args, 'activation_gib', None)) if args.gradient_checkpointing else None
-        self.graphs = BlockGraphs(model) if self.packs and getattr(args, 'compile_blocks', False) else nullcontext()
+        self.graphs = BlockGraphs(model) if getattr(args, 'compile_blocks', False) else nullcontext()
         gib = getattr(args, 'feature_cache_gib', None)
         self.features = FeatureCache(free_gib()/4 if gib is None else gib) if self.packs and gib!=0 and not augment and looks_once(model, family_for(model)) else None
 

@@ -6,8 +6,8 @@
 __all__ = ['SPECIAL', 'ROLES', 'TEMPLATE', 'WORDS', 'LARGE', 'SHAPES', 'MAX_PIXELS', 'LONGEST', 'MAIN', 'learn_pieces',
            'make_tokenizer', 'model_config', 'new_model', 'make_image_processor', 'patchify', 'normalise', 'RowEncoder',
            'patch_places', 'filled', 'pack', 'use_varlen', 'packed_loss', 'DrawnBatches', 'read', 'measure',
-           'main_figures', 'Course', 'save_base', 'compile_blocks', 'orthogonal', 'Muon', 'optimisers', 'set_rate',
-           'take_step', 'Recorded', 'Training', 'course_texts', 'batches', 'note', 'run', 'train', 'main']
+           'main_figures', 'Course', 'save_base', 'orthogonal', 'Muon', 'optimisers', 'set_rate', 'take_step',
+           'Recorded', 'Training', 'course_texts', 'batches', 'note', 'run', 'train', 'main']
 
 # %% ../../nbs/base/recipe.ipynb #ca433b40
 import argparse,json,math,random,time
@@ -22,6 +22,7 @@ from PIL import Image,features
 from .drawing import ALPHABET
 from .tasks import held_out,sample
 from ..evaluation.metrics import cer,score
+from ..kernels.compiled import BlockGraphs
 from ..packing import PACKED,bounds
 
 # %% ../../nbs/base/recipe.ipynb #c5a76469
@@ -343,13 +344,6 @@ def save_base(
     make_image_processor(model.config.vision_config.patch_size).save_pretrained(out)
     (out/'model.safetensors').chmod(0o644)
 
-# %% ../../nbs/base/recipe.ipynb #dd7b0084
-def compile_blocks(model):
-    "Fuse each block's small operations; one graph serves all blocks of a tower."
-    for blocks in (model.model.visual.blocks, model.model.language_model.layers):
-        forward = torch.compile(type(blocks[0]).forward, dynamic=True)
-        for b in blocks: b.forward = partial(forward, b)
-
 # %% ../../nbs/base/recipe.ipynb #275bdbe6
 def orthogonal(
     x:Tensor,   # (n, rows, columns)
@@ -422,12 +416,13 @@ def take_step(
     return loss.detach()
 
 class Recorded:
-    "`take_step` as one recorded graph of kernels for each form of batch: a small model would else wait for Python."
-    def __init__(self, model, opts): self.model,self.opts,self.graphs,self.pool = model,opts,{},None
+    "`take_step` with compiled blocks, as one recorded graph of kernels for each form of batch: a small model would else wait for Python."
+    def __init__(self, model, opts): self.model,self.opts,self.graphs,self.pool,self.blocks = model,opts,{},None,BlockGraphs(model)
 
     def __call__(self, batch:dict)->Tensor:
         form = tuple(v.shape for v in batch.values() if isinstance(v, Tensor))
-        if form not in self.graphs: self.graphs[form] = self.record(batch)
+        if form not in self.graphs:
+            with self.blocks: self.graphs[form] = self.record(batch)
         graph,inputs,loss = self.graphs[form]
         for k,v in inputs.items(): v.copy_(batch[k])
         graph.replay()
@@ -537,7 +532,7 @@ def run(t:Training,
     "Train until the time, or this stretch of it, is spent."
     drawn,losses,next_measure,until = batches(t),[],t.spent+measure_every,min(t.seconds, t.spent+60*stretch)
     step = Recorded(t.model, t.opts) if t.compiled else partial(take_step, t.model, t.opts)
-    if t.compiled: compile_blocks(t.model); set_rate(t.opts, 0.); step(next(drawn))   # compiling is not training time
+    if t.compiled: set_rate(t.opts, 0.); step(next(drawn))   # compiling is not training time
     tick = time.perf_counter()
     while t.spent < until:
         t.shared.value = t.progress
