@@ -63,7 +63,7 @@ def load(a):
     if a.worker=='ours':
         model,processor = FastVisionModel.from_pretrained(many['model'], dtype=None if bits4 else dtype, load_in_4bit=bits4, max_pixels=many['max_pixels'], max_seq_length=4096, use_gradient_checkpointing=many['checkpointing'])
         model = FastVisionModel.get_peft_model(model, r=16, finetune_vision_layers=not freeze)
-        return VisionTrainer(model, VisionTrainingArguments(**args, feature_cache_gib=None if many['cached'] else 0), train_dataset=rows, processing_class=processor, progress=False)
+        return VisionTrainer(model, VisionTrainingArguments(**{**args, 'feature_cache_gib':None if many['cached'] else 0, **many['switches']}), train_dataset=rows, processing_class=processor, progress=False)
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     _,processor = FastVisionModel.from_pretrained(many['model'], max_pixels=many['max_pixels'], max_seq_length=4096)
     config = transformers.AutoConfig.from_pretrained(many['model'])
@@ -109,7 +109,7 @@ class Peer:
     "A trainer in its own process."
     def __init__(self, who, spec):
         self.who,self.log = who,tempfile.TemporaryFile('w+')
-        self.process = subprocess.Popen([sys.executable, __file__, '--worker', who, '--spec', json.dumps(spec)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, cwd=HERE.parent)
+        self.process = subprocess.Popen([spec['python'].get(who, sys.executable), __file__, '--worker', who, '--spec', json.dumps(spec)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, cwd=HERE.parent)
 
     def hear(self)->dict:
         line = self.process.stdout.readline()
@@ -188,7 +188,7 @@ def run(case:dict, a, tmp:Path)->dict:
     model = checkpoint(a.arch, a.folder) if a.arch else a.model
     small = model==str(BASE)
     if not a.data and not (tmp/'train.jsonl').exists(): drawn_pages(tmp, a.n, *(((40,112), 16) if small else ()))
-    spec = {**case, 'model':model, 'data':str(Path(a.data or tmp).resolve()), 'steps':a.steps, 'warm':a.warm, 'max_pixels':a.max_pixels or (28672 if small else None)}
+    spec = {**case, 'python':dict(p.split('=', 1) for p in a.python), 'model':model, 'data':str(Path(a.data or tmp).resolve()), 'steps':a.steps, 'warm':a.warm, 'max_pixels':a.max_pixels or (28672 if small else None)}
     print(f"{case['rows']} rows a pass, {case['accumulate']} passes a step", flush=True)
     told = dict(chip=json.loads(apart('common.py')[-1]), work=row_work(model, rows_of(spec['data'], a.n), spec['max_pixels'], not a.vision_frozen))
     return dict(case=case, found=compare(spec, a.who, a.windows), **told)
@@ -206,6 +206,7 @@ def main():
     ap.add_argument('--folder', type=Path, default=Path('checkpoints')); ap.add_argument('--model', default=str(BASE)); ap.add_argument('--data', help='folder of rows; without it pages are drawn')
     ap.add_argument('--rows', type=int, nargs='+', default=[16], help='a pass; each number is a case'); ap.add_argument('--accumulate', type=int, default=1, help='passes a step')
     ap.add_argument('--step-rows', type=int, help='rows a step, which settle --accumulate'); ap.add_argument('--minutes', type=float, help='no case is begun after'); ap.add_argument('--plot', type=Path, help='file for rows/s against memory, of all cases in --out')
+    ap.add_argument('--switches', type=json.loads, default={}, metavar='JSON', help='arguments of VisionTrainingArguments for ours, such as {"compile_blocks": false}'); ap.add_argument('--python', nargs='+', default=[], metavar='WHO=FILE', help='a Python of its own for a trainer, such as unsloth=VENV/bin/python')
     ap.add_argument('--bits', type=int, default=16, choices=(16,4))
     ap.add_argument('--max-pixels', type=int, help='of a picture; the embedded base takes 28672 unless told'); ap.add_argument('--checkpointing', action='store_true'); ap.add_argument('--vision-frozen', action='store_true')
     ap.add_argument('--cached', action='store_true', help='with --vision-frozen: features are kept over epochs'); ap.add_argument('--n', type=int, default=400, help='different rows')
@@ -213,7 +214,7 @@ def main():
     ap.add_argument('--out', type=Path, default=Path('speed.jsonl')); ap.add_argument('--worker', help=argparse.SUPPRESS); ap.add_argument('--spec', help=argparse.SUPPRESS)
     a = ap.parse_args()
     if a.worker: return work(a)
-    start,settings = time.monotonic(),('who','arch','model','data','bits','max_pixels','checkpointing','vision_frozen','cached','n')
+    start,settings = time.monotonic(),('who','arch','model','data','bits','max_pixels','checkpointing','vision_frozen','cached','switches','n')
     cases = [{**{k:getattr(a, k) for k in settings}, 'rows':rows, 'accumulate':max(1, a.step_rows//rows) if a.step_rows else a.accumulate} for rows in a.rows]
     with tempfile.TemporaryDirectory() as tmp:
         for case in cases:

@@ -1,6 +1,7 @@
 "What only a GPU can show: the kernels in 16 bit beside float32, and a trainer that runs there. `pytest --cuda tests/test_cuda.py`"
 import copy, pytest, torch, torch.nn.functional as F
 from vlm_ft.data import encode
+from vlm_ft.kernels.attention import has_flash_attention_4
 from vlm_ft.lora import get_peft_model
 from vlm_ft.models.family import base_of, family_for
 from vlm_ft.models.tiny import FAMILIES, drawn, tiny
@@ -68,8 +69,10 @@ def test_bfloat16_is_near(name, weights):
 
 @pytest.mark.parametrize('heads,size', (((16,16),80), ((12,2),128), ((16,16),64)))
 @pytest.mark.parametrize('causal', (True, False))
-def test_attention_in_one_kernel(heads, size, causal):
-    "The variable-length kernel against float64, row by row; outputs and gradients."
+@pytest.mark.parametrize('newest', (True, False))
+def test_attention_in_one_kernel(heads, size, causal, newest):
+    "The variable-length kernels, flash-attn-4's and torch's, against float64, row by row; outputs and gradients."
+    if newest and not has_flash_attention_4(): pytest.skip('flash-attn-4 is not installed, or has no kernels for this GPU')
     lengths,module = [5,130,1,77],torch.nn.Module()
     module.is_causal,module.num_key_value_groups = causal,heads[0]//heads[1]
     g = torch.Generator().manual_seed(0)
@@ -78,7 +81,7 @@ def test_attention_in_one_kernel(heads, size, causal):
     found = []
     for device,dtype in (('cuda',torch.bfloat16), ('cpu',torch.float64)):
         qkv = [t.to(device, dtype).requires_grad_() for t in wide]
-        out,_ = packed_attention(module, *qkv, None, row_bounds=bounds(lengths).to(device), longest_row=max(lengths))
+        out,_ = packed_attention(module, *qkv, None, row_bounds=bounds(lengths).to(device), longest_row=max(lengths), newest=newest)
         found.append([t.detach().cpu().double() for t in (out, *torch.autograd.grad(out, qkv, up.to(device, dtype)))])
     for a,b in zip(*found): assert (a-b).norm()<.02*b.norm()
 

@@ -173,6 +173,7 @@ class VisionTrainingArguments(TrainingArguments):
     feature_cache_gib:float|None = None                  # memory for the features of a frozen vision tower; None: a quarter of what is free, 0: none
     tokens_per_pass:int|None = None                      # rows fill a pass up to so many tokens, pictures included; then per_device_train_batch_size does not count
     packing:bool = True                                  # rows of a step one after the other, not padded; False: the plain way
+    flash_attention_4:bool = True                        # packed rows attend by flash-attn-4 where it is installed and the GPU has it; False: by torch's own kernel
     assistant_only_loss:bool|None = None
 
     def __post_init__(self):

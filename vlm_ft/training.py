@@ -444,7 +444,7 @@ def training_step(self:VisionTrainer, model, inputs, num_items_in_batch=None):
     self._tokens = self._tokens + n
     if first and self.recompute: self.recompute.watch()
     try:
-        with (packed(model, family_for(model)) if 'row_bounds' in inputs else nullcontext()), (nullcontext() if first else self.graphs), half_products(getattr(self.args, 'half_products', False)):   # a checkpointed block runs again in the backward pass
+        with (packed(model, family_for(model), getattr(self.args, 'flash_attention_4', True)) if 'row_bounds' in inputs else nullcontext()), (nullcontext() if first else self.graphs), half_products(getattr(self.args, 'half_products', False)):   # a checkpointed block runs again in the backward pass
             loss = Trainer.training_step(self, model, inputs, num_items_in_batch)
     except torch.OutOfMemoryError as e: raise torch.OutOfMemoryError(memory_advice(inputs, self.args, family_for(model))) from e
     if first and self.recompute: self.kept = self.recompute.settle(self.most/int(n) if self.most else 2.)
