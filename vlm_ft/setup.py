@@ -154,7 +154,7 @@ class VisionTrainingArguments(TrainingArguments):
     gradient_checkpointing:bool = True
     gradient_checkpointing_kwargs:dict|str|None = None   # never reentrant
     activation_gib:float|None = None                     # with gradient_checkpointing, memory for what blocks keep; those that find no room are run again. None: what is free, 0: all are
-    compile_blocks:bool = False                          # each kind of block runs as a compiled graph; for long runs on a GPU, to be tried there
+    compile_blocks:bool|None = None                      # each kind of block runs as a compiled graph. None: on a GPU, in a run long enough to pay for a minute of compiling
     remove_unused_columns:bool = False                   # pictures are columns that no forward() names
     dataloader_num_workers:int = _on_gpu(4, 0)           # opening pictures costs tens of ms each: not in the training process
     dataloader_pin_memory:bool = _on_gpu(True, False)

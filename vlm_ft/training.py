@@ -9,7 +9,7 @@ __all__ = ['check_model', 'check_args', 'checkpoint_bytes', 'check_room', 'held_
            'check_checkpoint', 'check_unfinished', 'own_shapes', 'load_whole']
 
 # %% ../nbs/04_training.ipynb #78fa904c
-import copy,gc,inspect,itertools,json,logging,random,shutil,tempfile,time
+import copy,gc,inspect,itertools,json,logging,math,random,shutil,tempfile,time
 from contextlib import contextmanager,nullcontext
 from collections import Counter
 from dataclasses import dataclass, field
@@ -32,7 +32,7 @@ from .features import FeatureCache, free_gib, looks_once, with_features
 from .kernels.lora import half_products
 from .packing import packed, packed_loss
 from .recompute import Recompute
-from .kernels.compiled import BlockGraphs
+from .kernels.compiled import BlockGraphs, Compiling
 from .setup import VisionDataCollator, VisionTrainingArguments
 
 # %% ../nbs/04_training.ipynb #ea815d81
@@ -296,7 +296,8 @@ class VisionTrainer(Trainer):
         self.passes = self._passes(args.tokens_per_pass) if getattr(args, 'tokens_per_pass', None) else None
         self.most = args.tokens_per_pass if self.passes else longest and longest*args.per_device_train_batch_size       # tokens of the largest pass; None: not known
         self.recompute = Recompute(model, getattr(args, 'activation_gib', None)) if args.gradient_checkpointing else None
-        self.graphs = BlockGraphs(model) if getattr(args, 'compile_blocks', False) else nullcontext()
+        self.compiling = Compiling(getattr(args, 'compile_blocks', None), model.device)
+        self.graphs,self.budget = BlockGraphs(model),None                     # budget: of minutes, once training begins
         gib = getattr(args, 'feature_cache_gib', None)
         self.features = FeatureCache(free_gib()/4 if gib is None else gib) if self.packs and gib!=0 and not augment and looks_once(model, family_for(model)) else None
 
@@ -442,12 +443,14 @@ def training_step(self:VisionTrainer, model, inputs, num_items_in_batch=None):
     if first: self._mark,self._waited = time.monotonic(),0.
     n = inputs['attention_mask'].sum() if 'attention_mask' in inputs else inputs['input_ids'].numel()
     self._tokens = self._tokens + n
-    if first and self.recompute: self.recompute.watch()
+    settles = self.compiling.begin((self.state.max_steps-self.state.global_step)*self.args.gradient_accumulation_steps, self.budget.seconds_left() if self.budget else math.inf) and self.recompute   # a pass that shows what blocks keep: the first, and the first that is compiled
+    if settles: self.recompute.watch()
     try:
-        with (packed(model, family_for(model), getattr(self.args, 'flash_attention_4', True)) if 'row_bounds' in inputs else nullcontext()), (nullcontext() if first else self.graphs), half_products(getattr(self.args, 'half_products', False)):   # a checkpointed block runs again in the backward pass
+        with (packed(model, family_for(model), getattr(self.args, 'flash_attention_4', True)) if 'row_bounds' in inputs else nullcontext()), (self.graphs if self.compiling.on else nullcontext()), half_products(getattr(self.args, 'half_products', False)):   # a checkpointed block runs again in the backward pass
             loss = Trainer.training_step(self, model, inputs, num_items_in_batch)
     except torch.OutOfMemoryError as e: raise torch.OutOfMemoryError(memory_advice(inputs, self.args, family_for(model))) from e
-    if first and self.recompute: self.kept = self.recompute.settle(self.most/int(n) if self.most else 2.)
+    self.compiling.end()
+    if settles: self.kept = self.recompute.settle(self.most/int(n) if self.most else 2.)
     return loss
 
 @patch
@@ -457,6 +460,7 @@ def log(self:VisionTrainer, logs, start_time=None):
         now = time.monotonic()
         logs['tokens_per_second'] = round(float(self._tokens)/max(now-self._mark-self._paused, 1e-9), 1)
         if self.left_out: logs['rows_left_out'] = len(self.left_out)
+        if self.compiling.seconds is not None: logs['compile_seconds'],self.compiling.seconds = round(self.compiling.seconds, 1),None
         logs['data_wait'] = round(self._waited/max(now-self._mark-self._paused, 1e-9), 3)
         self._tokens,self._mark,self._paused,self._waited = 0,now,0.,0.
     return Trainer.log(self, logs, start_time)
@@ -470,6 +474,8 @@ class TimeBudget(TrainerCallback):
         "Share of the budget that is left, 1 to 0."
         return 1. if self.start is None else max(0., 1-(time.monotonic()-self.start)/self.seconds)
 
+    def seconds_left(self)->float: return self.left()*self.seconds
+
     def on_train_begin(self, args, state, control, **kwargs): self.start = time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -480,7 +486,7 @@ def create_scheduler(self:VisionTrainer, num_training_steps, optimizer=None):
     "Transformers' schedule; under a time budget, warm-up by steps and then a fall by the clock."
     minutes = getattr(self.args, 'max_minutes', None)
     if not minutes: return Trainer.create_scheduler(self, num_training_steps, optimizer)
-    budget = TimeBudget(minutes)
+    self.budget = budget = TimeBudget(minutes)
     self.add_callback(budget)
     warm = self.args.warmup_steps if self.args.warmup_steps>=1 else 1
     self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, lambda step: min(1, (step+1)/warm)*budget.left())
@@ -497,7 +503,7 @@ def train(self:VisionTrainer,
         check_checkpoint(resume_from_checkpoint, self.model, rng=self.args.world_size==1)
         check_unfinished(resume_from_checkpoint, self.args)
     for_training(self.model)
-    self._mark = None
+    self._mark,self.compiling = None,Compiling(self.compiling.wanted, self.model.device)
     if not self.args.gradient_checkpointing: base_of(self.model).gradient_checkpointing_disable()
     talk = logging.getLogger('transformers.trainer_utils')
     level,talk.level = talk.level,logging.ERROR

@@ -27,6 +27,14 @@ def half_products(on:bool=True):
     try: yield
     finally: _HALF.reset(token)
 
+torch.library.define('vlm_ft::add_product_', '(Tensor(a!) y, Tensor h, Tensor b, float alpha) -> ()')
+
+@torch.library.impl('vlm_ft::add_product_', ('CPU','CUDA'))
+def _add_product(y, h, b, alpha): y.addmm_(h, b, alpha=alpha)
+
+@torch.library.register_fake('vlm_ft::add_product_')
+def _(y, h, b, alpha): pass
+
 def wide_and_thin(
     x:Tensor, w:Tensor,    # (tokens, in) and (in, out)
     h:Tensor, b:Tensor,    # (tokens, r) and (r, out)
@@ -37,7 +45,10 @@ def wide_and_thin(
     "`x @ w + alpha * h @ b + bias`."
     n,kind = TOKENS_AT_ONCE,torch.backends.mkldnn.matmul
     in_pieces = half or x.dtype==torch.bfloat16 and not x.is_cuda
-    if not in_pieces or len(x)<n: return (x@w if bias is None else torch.addmm(bias, x, w)).addmm_(h, b, alpha=alpha)
+    if not in_pieces or len(x)<n:
+        y = x@w if bias is None else torch.addmm(bias, x, w)
+        torch.ops.vlm_ft.add_product_(y, h, b, alpha) if torch.compiler.is_compiling() else y.addmm_(h, b, alpha=alpha)
+        return y
     y,before = x.new_empty(len(x), w.shape[1]),kind.fp32_precision
     try:
         for lo in (*range(0, len(x)-n, n), len(x)-n):
