@@ -190,8 +190,8 @@ def run(case:dict, a, tmp:Path)->dict:
     if not a.data and not (tmp/'train.jsonl').exists(): drawn_pages(tmp, a.n, *(((40,112), 16) if small else ()))
     spec = {**case, 'python':dict(p.split('=', 1) for p in a.python), 'model':model, 'data':str(Path(a.data or tmp).resolve()), 'steps':a.steps, 'warm':a.warm, 'max_pixels':a.max_pixels or (28672 if small else None)}
     print(f"{case['rows']} rows a pass, {case['accumulate']} passes a step", flush=True)
-    told = dict(chip=json.loads(apart('common.py')[-1]), work=row_work(model, rows_of(spec['data'], a.n), spec['max_pixels'], not a.vision_frozen))
-    return dict(case=case, found=compare(spec, a.who, a.windows), **told)
+    found = compare(spec, a.who, a.windows)
+    return dict(case=case, found=found, chip=json.loads(apart('common.py')[-1]), work=row_work(model, rows_of(spec['data'], a.n), spec['max_pixels'], not a.vision_frozen))
 
 def show(lines:list):
     from vlm_ft.models.family import table
