@@ -2,7 +2,7 @@
 
     python benchmarks/common.py        # the peak of this machine at matrix products, measured: one JSON line
 """
-import json, os, random, subprocess, sys, time
+import json, os, random, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -30,7 +30,15 @@ def apart(*words)->list[str]:
 def checkpoint(arch:str, folder:Path)->str:
     "The folder of a checkpoint with random weights, written if it is not there; `arch` is one of six_steps.SIZES."
     path = Path(folder).resolve()/arch
-    if not (path/'config.json').exists(): apart('-c', f'import six_steps; six_steps.write_checkpoint({arch!r}, {str(path)!r}, False)')
+    if not (path/'config.json').exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=path.parent))
+        try:
+            apart('-c', f'import six_steps; six_steps.write_checkpoint({arch!r}, {str(part)!r}, False)')
+            part.rename(path)
+        except OSError:                                                       # another process was faster
+            if not (path/'config.json').exists(): raise
+        finally: shutil.rmtree(part, ignore_errors=True)
     return str(path)
 
 def lines_of(path:Path)->list[dict]:

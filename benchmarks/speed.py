@@ -10,10 +10,13 @@ opened, resized and collated within the time. LoRA r=16, AdamW, answers alone ca
 Results are added to --out, a line a case; a case that is there already is not run again. DATA holds train.jsonl with image, question, answer.
 TFLOP/s are those of the matrix products that a row needs (common.py: what is computed again or on padding does not count, and the tower does, whether --cached or not), alike for every trainer; the peak is measured in the same run.
 """
-import argparse, json, os, random, statistics, subprocess, sys, tempfile, time
+import argparse, json, math, os, random, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 from common import BASE, HERE, WORDS, apart, checkpoint, lines_of, page, row_work
+
+MARKS = {'qwen2_vl':('<|im_start|>user\n', '<|im_start|>assistant\n'), 'llava':('[INST]', '[/INST]'),   # what Unsloth is told of the template: where questions and answers begin
+         'mllama':('<|start_header_id|>user<|end_header_id|>\n\n', '<|start_header_id|>assistant<|end_header_id|>\n\n')}
 
 def drawn_pages(folder, n, tokens=(100,1200), side=28, seed=0):
     "Pages of words of `tokens` squares of `side` pixels, log-uniform, 1:4 to 4:1; answers of 2 to 400 characters."
@@ -53,7 +56,7 @@ def load(a):
                 r = super().__getitem__(i)
                 text = lambda t: [{'type':'text','text':t}]
                 return {'messages':[{'role':'user','content':[{'type':'image','image':Image.open(r['image']).convert('RGB')}, *text(r['question'])]}, {'role':'assistant','content':text(r['answer'])}]}
-        collator = UnslothVisionDataCollator(model, processor, train_on_responses_only=True, instruction_part='<|im_start|>user\n', response_part='<|im_start|>assistant\n')
+        collator = UnslothVisionDataCollator(model, processor, train_on_responses_only=True, **dict(zip(('instruction_part','response_part'), MARKS[model.config.model_type])))
         args.pop('gradient_checkpointing')
         return SFTTrainer(model=model, args=SFTConfig(**args, report_to='none', remove_unused_columns=False, dataset_text_field='', dataset_kwargs={'skip_prepare_dataset':True}, max_length=4096), train_dataset=Rows(rows),
                           data_collator=collator, processing_class=processor.tokenizer)
@@ -76,6 +79,11 @@ def load(a):
     return transformers.Trainer(model, transformers.TrainingArguments(**args, report_to='none', remove_unused_columns=False, use_cpu=not gpu, gradient_checkpointing_kwargs={'use_reentrant':False}), train_dataset=rows,
                                 data_collator=VisionDataCollator(model, processor, max_seq_length=4096))
 
+def settled(seconds:list, least:int, look=8)->bool:
+    "Whether nothing is compiled any more: none of the last steps took twice as long as the fastest of them."
+    last = seconds[-look:]
+    return len(seconds)>=max(least, look) and max(last)<2*min(last)
+
 def work(a):
     "A trainer's process: a window of steps each time a line comes in, a line of figures out."
     for name in ('HF_HUB_DISABLE_PROGRESS_BARS','UNSLOTH_DISABLE_STATISTICS','HF_HUB_OFFLINE'): os.environ[name] = '1'
@@ -91,13 +99,18 @@ def work(a):
         from vlm_ft.evaluation.precision import peak_gib
         return dict(peak_gib=peak_gib())
     class Turns(TrainerCallback):
-        until,seen = many['warm'],0
-        def on_train_begin(self, *args, **kwargs): self.begun = now(); self.loaded = self.begun-start
+        until,seen,steps = math.inf,0,[]                                      # until: the step that ends a window; steps: seconds of each before the first one
+        def on_train_begin(self, *args, **kwargs): self.begun = self.last = now(); self.loaded = self.begun-start
         def on_step_end(self, args, state, control, **kwargs):
             self.seen += 1
-            if self.seen==self.until-many['steps'] and self.until>many['warm']: self.at = now()
-            if self.seen<self.until: return
-            figures = dict(load=self.loaded, warm=now()-self.begun) if self.until==many['warm'] else dict(rows_per_second=many['rows']*many['accumulate']*many['steps']/(now()-self.at))
+            if self.until==math.inf:
+                at = now(); self.steps.append(at-self.last); self.last = at
+                if not (settled(self.steps, many['warm']) or self.seen==many['warm_most']): return
+                figures = dict(load=self.loaded, warm=now()-self.begun, warm_steps=self.seen, settled=settled(self.steps, many['warm']))
+            elif self.seen<self.until:
+                if self.seen==self.until-many['steps']: self.at = now()
+                return
+            else: figures = dict(rows_per_second=many['rows']*many['accumulate']*many['steps']/(now()-self.at))
             say.write(json.dumps({**figures, **peak()})+'\n'); say.flush()
             if sys.stdin.readline().strip()!='go': control.should_training_stop = True; return
             self.until = self.seen+1+many['steps']
@@ -112,7 +125,7 @@ class Peer:
         self.process = subprocess.Popen([spec['python'].get(who, sys.executable), __file__, '--worker', who, '--spec', json.dumps(spec)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, cwd=HERE.parent)
 
     def hear(self)->dict:
-        line = self.process.stdout.readline()
+        line = next((l for l in self.process.stdout if l.startswith('{')), None)   # what is printed as a trainer is imported is none of ours
         if line: return json.loads(line)
         self.log.seek(0)
         return {'error':self.log.read()[-1500:]}
@@ -126,7 +139,7 @@ def compare(spec, who, windows)->dict:
     found,peers = {},[]
     for w in who:                                                             # one after the other, so that none compiles while another is measured
         peers.append(Peer(w, spec)); found[w] = dict(peers[-1].hear(), windows=[])
-        print(f"{w:12} " + (f"failed: …{found[w]['error'][-600:]}" if 'error' in found[w] else f"loaded in {found[w]['load']:.0f} s, first {spec['warm']} steps {found[w]['warm']:.0f} s"), flush=True)
+        print(f"{w:12} " + (f"failed: …{found[w]['error'][-600:]}" if 'error' in found[w] else f"loaded in {found[w]['load']:.0f} s, first {found[w]['warm_steps']} steps {found[w]['warm']:.0f} s" + ('' if found[w]['settled'] else ', and not settled yet')), flush=True)
     for i in range(windows):
         for p in peers:
             if 'error' in found[p.who]: continue
@@ -147,7 +160,7 @@ def table_of(line:dict)->list[dict]:
         tflops = middle*work['tflop'] if work else None
         out.append({'trainer':who, 'rows a pass':line['case']['rows'], 'rows/s, least':min(f['windows']), 'median':middle, 'most':max(f['windows']), 'supervised tokens/s':middle*work['supervised'] if work else None,
                     'TFLOP/s':tflops, 'of the peak':f"{100*tflops/chip['tflops']:.1f} %" if chip and work else None, **({'allocated GiB':f['allocated_gib'], 'reserved GiB':f['peak_gib']} if 'allocated_gib' in f else {'peak GiB':f['peak_gib']}),
-                    'first steps, s':f['warm']})
+                    'first steps':f.get('warm_steps'), 'they took, s':f['warm']})
     return out
 
 def best(lines:list)->list[str]:
@@ -188,7 +201,7 @@ def run(case:dict, a, tmp:Path)->dict:
     model = checkpoint(a.arch, a.folder) if a.arch else a.model
     small = model==str(BASE)
     if not a.data and not (tmp/'train.jsonl').exists(): drawn_pages(tmp, a.n, *(((40,112), 16) if small else ()))
-    spec = {**case, 'python':dict(p.split('=', 1) for p in a.python), 'model':model, 'data':str(Path(a.data or tmp).resolve()), 'steps':a.steps, 'warm':a.warm, 'max_pixels':a.max_pixels or (28672 if small else None)}
+    spec = {**case, 'python':dict(p.split('=', 1) for p in a.python), 'model':model, 'data':str(Path(a.data or tmp).resolve()), 'steps':a.steps, 'warm':a.warm, 'warm_most':a.warm_most, 'max_pixels':a.max_pixels or (28672 if small else None)}
     print(f"{case['rows']} rows a pass, {case['accumulate']} passes a step", flush=True)
     found = compare(spec, a.who, a.windows)
     return dict(case=case, found=found, chip=json.loads(apart('common.py')[-1]), work=row_work(model, rows_of(spec['data'], a.n), spec['max_pixels'], not a.vision_frozen))
@@ -210,7 +223,8 @@ def main():
     ap.add_argument('--bits', type=int, default=16, choices=(16,4))
     ap.add_argument('--max-pixels', type=int, help='of a picture; the embedded base takes 28672 unless told'); ap.add_argument('--checkpointing', action='store_true'); ap.add_argument('--vision-frozen', action='store_true')
     ap.add_argument('--cached', action='store_true', help='with --vision-frozen: features are kept over epochs'); ap.add_argument('--n', type=int, default=400, help='different rows')
-    ap.add_argument('--steps', type=int, default=10, help='of a window'); ap.add_argument('--windows', type=int, default=3); ap.add_argument('--warm', type=int, default=4, help='steps before the first window')
+    ap.add_argument('--steps', type=int, default=10, help='of a window'); ap.add_argument('--windows', type=int, default=3); ap.add_argument('--warm', type=int, default=8, help='steps before the first window, at least: it begins when none of the last 8 took twice as long as the fastest')
+    ap.add_argument('--warm-most', type=int, default=60, help='steps after which it begins anyway')
     ap.add_argument('--out', type=Path, default=Path('speed.jsonl')); ap.add_argument('--worker', help=argparse.SUPPRESS); ap.add_argument('--spec', help=argparse.SUPPRESS)
     a = ap.parse_args()
     if a.worker: return work(a)

@@ -7,7 +7,7 @@ import pytest
 from vlm_ft.models.tiny import FAMILIES, drawn, tiny_folder
 
 sys.path.insert(0, str(Path(__file__).parent.parent/'benchmarks'))
-import common, speed, sweep  # noqa: E402
+import common, gpu, speed, step, sweep  # noqa: E402
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory): return tiny_folder('qwen2_vl', tmp_path_factory.mktemp('model'))
@@ -97,6 +97,38 @@ def test_speed_of_several_rows(tmp_path):
     assert shown['TFLOP/s']==3. and shown['of the peak']=='30.0 %' and shown['supervised tokens/s']==600. and shown['reserved GiB']==4.
     assert speed.table_of({k:v for k,v in lines[0].items() if k not in ('chip','work')})[0]['TFLOP/s'] is None
     speed.plot(lines, tmp_path/'p.svg'); assert 'peak reserved GiB' in (tmp_path/'p.svg').read_text()
+
+def test_a_window_begins_when_nothing_is_compiled_any_more():
+    assert not speed.settled([9.,9.]+[1.]*5, 4) and not speed.settled([1.]*5+[3.]+[1.]*4, 4) and speed.settled([9.]+[1.,1.5]*4, 4) and not speed.settled([1.]*9, 10)
+
+def test_where_a_step_goes(tmp_path):
+    "Kernels by kind; the table and the picture of what was measured, and a step of the embedded base."
+    names = {'attention':'void pytorch_flash::flash_bwd_kernel<96>', 'products':'nvjet_sm90_tst_192x208', 'copies':'Memcpy DtoD (Device -> Device)', 'elementwise':'triton_red_fused__to_copy_add_native_layer_norm_4'}
+    assert {step.kind_of(n):k for k,n in names.items()}=={k:k for k in names}
+    line = dict(setting='plain', rows=16, tokens=1000, seconds=2., kernels_ms=1000., launches=9, warm_seconds=3., kinds=dict(attention=500., products=250., copies=0., elementwise=250.), waits={'a.py:1':2})
+    shown, = step.table_of([line])
+    assert shown['rows/s']==8. and shown['attention']=='50%' and shown['waits']==2
+    step.plot([line], tmp_path/'p.svg'); assert '8.0 rows/s' in (tmp_path/'p.svg').read_text()
+    found = step.measure(dict(model=str(common.BASE), setting='plain', rows=1, steps=1, warm=1))
+    assert found['seconds']>0 and all(found['kinds'][k]>0 for k in ('attention','products','elementwise')) and abs(sum(found['kinds'].values())-found['kernels_ms'])<1e-6*found['kernels_ms']
+
+def test_runs_go_on_where_they_stopped(monkeypatch, tmp_path, capsys):
+    "What has ended is not run again; what failed is, and leaves what it said."
+    monkeypatch.setattr(gpu, 'RUNS', {'good':'step.py --help', 'bad':'step.py --nonsense {out}'})
+    for expected in (['good','bad'], ['bad']):
+        monkeypatch.setattr(sys, 'argv', ['gpu.py', '--out', str(tmp_path), '--minutes', '2', '--devices', '0']); gpu.main()
+        said = capsys.readouterr().out
+        assert [n for n in ('good','bad') if f': {n} ' in said]==expected and '1 of 2 have ended' in said
+    assert '--nonsense' in (tmp_path/'bad.log').read_text() and json.loads((tmp_path/'done.json').read_text())==['good']
+    words = gpu.words_of('speed.py --who ours unsloth --rows 4', type('A', (), dict(out=tmp_path, folder=tmp_path, python=[])))
+    assert 'unsloth' not in words and 'ours' in words
+
+def test_every_run_is_a_command():
+    "Each line of gpu.py names a benchmark and options that it has."
+    for name,command in gpu.RUNS.items():
+        file,*words = command.split()
+        text = (common.HERE/file).read_text()
+        assert all(f"'{w}'" in text for w in words if w.startswith('--')), name
 
 def test_drawn_pages(tmp_path):
     "As many as are asked for, in different sizes, the same each time."

@@ -10,7 +10,7 @@ __all__ = ['check_model', 'check_args', 'checkpoint_bytes', 'check_room', 'held_
 
 # %% ../nbs/04_training.ipynb #78fa904c
 import copy,gc,inspect,itertools,json,logging,math,random,shutil,tempfile,time
-from contextlib import contextmanager,nullcontext
+from contextlib import ExitStack,contextmanager,nullcontext
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -31,7 +31,7 @@ from .models.family import base_of, family_for, nearest, refuse_unknown, table
 from .features import FeatureCache, free_gib, looks_once, with_features
 from .kernels.lora import half_products
 from .packing import packed, packed_loss
-from .recompute import Recompute
+from .recompute import InputsAside, Recompute
 from .kernels.compiled import BlockGraphs, Compiling
 from .setup import VisionDataCollator, VisionTrainingArguments
 
@@ -296,6 +296,7 @@ class VisionTrainer(Trainer):
         self.passes = self._passes(args.tokens_per_pass) if getattr(args, 'tokens_per_pass', None) else None
         self.most = args.tokens_per_pass if self.passes else longest and longest*args.per_device_train_batch_size       # tokens of the largest pass; None: not known
         self.recompute = Recompute(model, getattr(args, 'activation_gib', None)) if args.gradient_checkpointing else None
+        self.aside = InputsAside(model) if self.recompute and self.recompute.gib==0 and model.device.type=='cuda' else nullcontext()
         self.compiling = Compiling(getattr(args, 'compile_blocks', None), model.device)
         self.graphs,self.budget = BlockGraphs(model),None                     # budget: of minutes, once training begins
         gib = getattr(args, 'feature_cache_gib', None)
@@ -418,7 +419,7 @@ def memory_advice(
     rows,tokens,longest = len(lengths),int(lengths.sum()),int(lengths.max())
     tries = []
     if rows>1: tries.append(f"per_device_train_batch_size={rows//2} with gradient_accumulation_steps={args.gradient_accumulation_steps*-(-rows//(rows//2))}: the same step in smaller parts")
-    if args.gradient_checkpointing and getattr(args, 'activation_gib', None)!=0: tries.append("activation_gib=0: every block is run again, none keeps what it computed")
+    if args.gradient_checkpointing and getattr(args, 'activation_gib', None)!=0: tries.append("activation_gib=0: every block is run again, and its input waits in the processor's memory")
     if not args.gradient_checkpointing: tries.append("gradient_checkpointing=True: a third slower, a fraction of the memory")
     tries += ["a smaller max_pixels in from_pretrained: fewer tokens a picture", "load_in_4bit=True: a quarter of the weights' memory"]
     return (f"A step does not fit into the GPU's memory.\nFound: {rows} row{'s'*(rows>1)} of together {tokens:,} tokens, {image:,} of them picture; the longest has {longest:,}"
@@ -430,6 +431,17 @@ def get_batch_samples(self:VisionTrainer, epoch_iterator, num_batches, device):
     start = time.monotonic()
     try: return Trainer.get_batch_samples(self, epoch_iterator, num_batches, device)
     finally: self._waited += time.monotonic()-start
+
+@patch
+@contextmanager
+def _pass(self:VisionTrainer, is_packed:bool):
+    "Within, forward and backward of a pass: a checkpointed block runs again in the backward pass, as it ran before."
+    with ExitStack() as within:
+        if is_packed: within.enter_context(packed(self.model, family_for(self.model), getattr(self.args, 'flash_attention_4', True)))
+        if self.compiling.on: within.enter_context(self.graphs)
+        within.enter_context(self.aside)
+        within.enter_context(half_products(getattr(self.args, 'half_products', False)))
+        yield
 
 @patch
 def training_step(self:VisionTrainer, model, inputs, num_items_in_batch=None):
@@ -446,7 +458,7 @@ def training_step(self:VisionTrainer, model, inputs, num_items_in_batch=None):
     settles = self.compiling.begin((self.state.max_steps-self.state.global_step)*self.args.gradient_accumulation_steps, self.budget.seconds_left() if self.budget else math.inf) and self.recompute   # a pass that shows what blocks keep: the first, and the first that is compiled
     if settles: self.recompute.watch()
     try:
-        with (packed(model, family_for(model), getattr(self.args, 'flash_attention_4', True)) if 'row_bounds' in inputs else nullcontext()), (self.graphs if self.compiling.on else nullcontext()), half_products(getattr(self.args, 'half_products', False)):   # a checkpointed block runs again in the backward pass
+        with self._pass('row_bounds' in inputs):
             loss = Trainer.training_step(self, model, inputs, num_items_in_batch)
     except torch.OutOfMemoryError as e: raise torch.OutOfMemoryError(memory_advice(inputs, self.args, family_for(model))) from e
     self.compiling.end()
