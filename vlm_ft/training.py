@@ -298,7 +298,7 @@ class VisionTrainer(Trainer):
         self.recompute = Recompute(model, getattr(args, 'activation_gib', None)) if args.gradient_checkpointing else None
         self.aside = InputsAside(model) if self.recompute and self.recompute.gib==0 and model.device.type=='cuda' else nullcontext()
         self.compiling = Compiling(getattr(args, 'compile_blocks', None), model.device)
-        self.graphs,self.budget = BlockGraphs(model),None                     # budget: of minutes, once training begins
+        self.graphs,self.budget = BlockGraphs(model, forgiving=self.compiling.wanted is None),None                     # budget: of minutes, once training begins
         gib = getattr(args, 'feature_cache_gib', None)
         self.features = FeatureCache(free_gib()/4 if gib is None else gib) if self.packs and gib!=0 and not augment and looks_once(model, family_for(model)) else None
 

@@ -17,17 +17,21 @@ class BlockGraphs:
     def __init__(self,
         model,                    # PEFT-wrapped or not
         backend:str='inductor',   # of `torch.compile`
+        forgiving:bool=False,     # where a block cannot be compiled it runs as it is, and torch says why; else that is an error
     ):
-        self.calls = []
+        self.calls,self.forgiving = [],forgiving
         for blocks in kinds_of_blocks(model).values():
             forward = torch.compile(type(blocks[0]).forward, dynamic=True, backend=backend)
             self.calls += [(b, partial(forward, b)) for b in blocks]
 
     def __enter__(self):
+        self.patch = torch._dynamo.config.patch(suppress_errors=self.forgiving)
+        self.patch.__enter__()
         for block,call in self.calls: block.forward = call
 
     def __exit__(self, *exc):
         for block,_ in self.calls: del block.forward
+        self.patch.__exit__(*exc)
 
 # %% ../../nbs/kernels/compiled.ipynb #9fcc51a2
 class Compiling:
