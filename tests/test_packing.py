@@ -1,6 +1,8 @@
 "The switch: training with rows packed is training with rows padded, step by step, for every family."
+from functools import partial
 import pytest, torch
-from transformers import TrainingArguments
+from transformers import AttentionInterface, TrainingArguments
+from vlm_ft import packing
 from vlm_ft.kernels.lora import multiplies_bf16
 from vlm_ft.lora import get_peft_model
 from vlm_ft.data import encode
@@ -96,9 +98,9 @@ def test_when_rows_are_padded(tmp_path):
 def test_full_finetuning(tmp_path):
     "The last layer's own gradient, too."
     losses = []
-    for packing in (True, False):
+    for is_packed in (True, False):
         model,processor = tiny('pixtral')
-        args = VisionTrainingArguments(output_dir=str(tmp_path), max_steps=3, logging_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=2, save_strategy='no', packing=packing, optim='sgd', learning_rate=.1)
+        args = VisionTrainingArguments(output_dir=str(tmp_path), max_steps=3, logging_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=2, save_strategy='no', packing=is_packed, optim='sgd', learning_rate=.1)
         model.requires_grad_(True)
         trainer = VisionTrainer(model, args, train_dataset=rows(), processing_class=processor, progress=False)
         trainer.train()
@@ -127,3 +129,16 @@ def test_twenty_steps_with_factors_in_bfloat16(name, tmp_path):
     half,exact = (run(name, tmp_path, half_products=h, **rows_a_pass)[0] for h in (True, False))
     assert max(abs(a-b)/b for a,b in zip(half, exact)) < 1e-3 and abs(half[0]-exact[0]) < 2e-4*exact[0]
     assert half!=exact or not multiplies_bf16()
+
+@pytest.mark.parametrize('newest', (True, False))
+def test_which_kernel_rows_attend_by(newest, tmp_path, monkeypatch):
+    "The argument reaches both parts as the name of an attention function, and the function as what it may use."
+    asked,real = [],packing.packed_attention
+    def attend(*args, newest=True, **kwargs): asked.append((newest, kwargs.get('cu_seq_lens_q') is not None)); return real(*args, newest=newest, **kwargs)
+    known = AttentionInterface()
+    assert known[packing.PACKED] is real and known[packing.PACKED_TORCH].func is real
+    for name in (packing.PACKED, packing.PACKED_TORCH):
+        own = known[name]
+        monkeypatch.setitem(AttentionInterface._global_mapping, name, partial(attend, **getattr(own, 'keywords', {})))
+    run('pixtral', tmp_path, steps=1, flash_attention_4=newest)
+    assert set(asked)=={(newest, True), (newest, False)}                     # the tower and the language model
