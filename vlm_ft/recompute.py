@@ -6,7 +6,7 @@
 __all__ = ['kinds_of_blocks', 'Kept', 'Recompute', 'InputsAside']
 
 # %% ../nbs/recompute.ipynb #7cc1f3fb
-import re
+import itertools,re
 from contextlib import contextmanager
 from functools import partial
 import torch
@@ -50,20 +50,21 @@ class Kept:
 
 # %% ../nbs/recompute.ipynb #67d0e44d
 class Recompute:
-    "Decides after a first step which blocks keep what they compute."
+    "Decides after a step which blocks keep what they compute."
     def __init__(self, model, gib=None): # gib: memory for what blocks keep; None: what is free
         self.model,self.gib,self.kinds = model,gib,kinds_of_blocks(model)
 
     def watch(self):
-        "Before the first step, checkpointing being on."
+        "Before a step that shows what one block of each kind keeps; all others are run again in it, or the step would show what they keep."
+        for b in itertools.chain(*self.kinds.values()): b.gradient_checkpointing = True
         apart = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
         self.kept = {kind: Kept(blocks[0], apart) for kind,blocks in self.kinds.items()} if self.gib!=0 else {}
         self.still = _used(self.model.device)
 
     def settle(self,
-        larger:float=1., # the largest step, in tokens, over the first
+        larger:float=1., # the largest step, in tokens, over that one
     )->list[dict]:       # for `table`: kind, blocks, those that keep everything, MiB of each
-        "After the first step."
+        "After that step."
         need = {kind: k.close()*larger for kind,k in self.kept.items()}
         room = _room(self.model.device, self.still, larger) if self.gib is None else self.gib*2**30
         lines = []
