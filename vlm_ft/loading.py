@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['is_bf16_supported', 'wanted_device', 'wanted_place', 'wanted_dtype', 'wanted_bits', 'quantization', 'agreed_bits',
-           'quantized_modules', 'part_of', 'n_parameters', 'n_bytes', 'describe', 'keep_inputs_frozen', 'for_training',
-           'for_inference', 'at_rest', 'refuse_extras', 'check_length', 'check_pixels', 'check_checkpointing',
-           'refuse_unadapted', 'settle', 'load_processor', 'load_weights', 'load_adapter', 'FastVisionModel',
-           'from_pretrained']
+           'quantized_modules', 'uneven_linears', 'on_cpu', 'whole_blocks_on_cpu', 'refuse_uneven_on_cpu', 'part_of',
+           'n_parameters', 'n_bytes', 'describe', 'keep_inputs_frozen', 'for_training', 'for_inference', 'at_rest',
+           'refuse_extras', 'check_length', 'check_pixels', 'check_checkpointing', 'refuse_unadapted', 'settle',
+           'load_processor', 'load_weights', 'load_adapter', 'FastVisionModel', 'from_pretrained']
 
 # %% ../nbs/00_loading.ipynb #4393b61e
-import inspect, json, logging
+import copy, inspect, json, logging
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -127,6 +127,36 @@ def _safe_4bit_on_cpu(model):
     "Keep 4-bit linears on the CPU from repacking their weights."
     for m in model.modules():
         if hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu = False
+    return model
+
+# %% ../nbs/00_loading.ipynb #48163333
+def uneven_linears(
+    model, # a plain one, on any device
+)->list[str]:
+    "Linears whose rows end within a block of 64 numbers."
+    return [n for n,m in model.named_modules() if isinstance(m, torch.nn.Linear) and m.in_features%64]
+
+def on_cpu(place)->bool:
+    "Whether a `device_map` puts anything on the CPU."
+    return any(str(d)=='cpu' for d in place.values()) if isinstance(place, dict) else not torch.cuda.is_available()
+
+def whole_blocks_on_cpu(how, config, family, place):
+    "Quantisation to 4 bit without the layers that bitsandbytes would read wrongly where they lie."
+    import transformers
+    if how is None or not how.load_in_4bit or not on_cpu(place): return how
+    with torch.device('meta'): names = uneven_linears(getattr(transformers, family.architecture)(config))
+    names = [n for n in names if not any(n==s or n.startswith(s+'.') for s in how.llm_int8_skip_modules)]
+    if not names: return how
+    logging.getLogger('vlm_ft').warning(f"{len(names)} linears stay as they are: their rows are no multiple of 64, and bitsandbytes reads such rows wrongly in 4 bit on a CPU ({names[0]}{', …' if names[1:] else ''}).")
+    how = copy.deepcopy(how)
+    how.llm_int8_skip_modules = [*how.llm_int8_skip_modules, *names]
+    return how
+
+def refuse_uneven_on_cpu(model):
+    "Raise where a checkpoint's own 4-bit layers would be read wrongly."
+    bad = [n for n,m in model.named_modules() if type(m).__name__=='Linear4bit' and m.in_features%64 and m.weight.device.type=='cpu']
+    if bad: raise ValueError(f"bitsandbytes reads 4-bit rows that are no multiple of 64 wrongly on a CPU.\nFound: {len(bad)} such layers in the checkpoint: {', '.join(bad[:3])}{' …' if bad[3:] else ''}.\n"
+                             "Try: a GPU, or the 16-bit checkpoint with load_in_4bit=True, which leaves them as they are.")
     return model
 
 # %% ../nbs/00_loading.ipynb #0226eb28
@@ -299,6 +329,7 @@ def load_processor(family, folder:Path, trust_remote_code=False):
 def load_weights(source:Source, config, family, dtype, how, place, attn_implementation):
     "The model of a checked folder, in eval mode; `how` is its quantisation, or None."
     import transformers
+    how = whole_blocks_on_cpu(how, config, family, place)
     model,info = getattr(transformers, family.architecture).from_pretrained(source.folder, config=config, dtype=dtype, device_map=place, quantization_config=how,
         attn_implementation=attn_implementation, use_safetensors=True, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True)
     if odd := sorted(info['mismatched_keys']) or _other_shapes(model): raise ValueError(f"The weights in {source.folder} do not fit its config.json: {len(odd)} tensors have another shape.\n"
@@ -306,7 +337,7 @@ def load_weights(source:Source, config, family, dtype, how, place, attn_implemen
     if lost := sorted(info['missing_keys']): raise ValueError(f"The weights in {source.folder} are not whole: {len(lost)} tensors are missing.\n"
         f"Found: no {', '.join(lost[:5])}{' …' if len(lost)>5 else ''}.\nTry: fetch or copy the folder again, whole.")
     model.name_or_path = model.config._name_or_path = source.base
-    return _safe_4bit_on_cpu(model)
+    return _safe_4bit_on_cpu(refuse_uneven_on_cpu(model))
 
 def _other_shapes(model)->list:
     "(name, shape, the config's shape) where a quantised model's tensors differ from its config: transformers compares plain models alone."
