@@ -41,16 +41,14 @@ def _forward(q:Tensor, k:Tensor, v:Tensor, bounds:Tensor, longest:int, causal:bo
     out,sums = _fa4()._flash_attn_fwd(q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=longest, max_seqlen_k=longest, softmax_scale=scale, causal=causal, return_lse=True)[:2]
     return out,sums
 
-@_forward.register_fake
-def _(q, k, v, bounds, longest, causal, scale): return torch.empty_like(q, memory_format=torch.contiguous_format),q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+_forward.register_fake(lambda q, k, v, bounds, longest, causal, scale: (torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)))
 
 @torch.library.custom_op('vlm_ft::row_attention_backward', mutates_args=())
 def _backward(up:Tensor, q:Tensor, k:Tensor, v:Tensor, out:Tensor, sums:Tensor, bounds:Tensor, longest:int, causal:bool, scale:float)->tuple[Tensor,Tensor,Tensor]:
     dq,dk,dv = _fa4()._flash_attn_bwd(q, k, v, out, up, sums, softmax_scale=scale, causal=causal, cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=longest, max_seqlen_k=longest)[:3]
     return dq,dk,dv
 
-@_backward.register_fake
-def _(up, q, k, v, out, sums, bounds, longest, causal, scale): return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+_backward.register_fake(lambda up, q, k, v, out, sums, bounds, longest, causal, scale: tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)))
 
 def _keep(ctx, inputs, output):
     q,k,v,bounds,*ctx.how = inputs

@@ -27,13 +27,10 @@ def half_products(on:bool=True):
     try: yield
     finally: _HALF.reset(token)
 
-torch.library.define('vlm_ft::add_product_', '(Tensor(a!) y, Tensor h, Tensor b, float alpha) -> ()')
-
-@torch.library.impl('vlm_ft::add_product_', ('CPU','CUDA'))
-def _add_product(y, h, b, alpha): y.addmm_(h, b, alpha=alpha)
-
-@torch.library.register_fake('vlm_ft::add_product_')
-def _(y, h, b, alpha): pass
+if not hasattr(torch.ops.vlm_ft, 'add_product_'):                             # this page and the module it makes may both be loaded
+    torch.library.define('vlm_ft::add_product_', '(Tensor(a!) y, Tensor h, Tensor b, float alpha) -> ()')
+    torch.library.impl('vlm_ft::add_product_', ('CPU','CUDA'))(lambda y, h, b, alpha: (y.addmm_(h, b, alpha=alpha), None)[1])
+    torch.library.register_fake('vlm_ft::add_product_')(lambda y, h, b, alpha: None)
 
 def wide_and_thin(
     x:Tensor, w:Tensor,    # (tokens, in) and (in, out)
