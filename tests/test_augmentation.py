@@ -112,12 +112,12 @@ def test_skip_trains_what_is_left(tmp_path):
     rows,damage = damaged(tmp_path, n=4, bad=(2,3))
     skip = lambda m, p: VisionDataCollator(m, p, on_bad_picture='skip')
     def after(rows, before=lambda: None, **kwargs):
-        trainer = trainer_of('qwen2_vl', tmp_path/'out', rows, skip, max_steps=1, per_device_train_batch_size=4, learning_rate=.1, warmup_steps=0, **kwargs)
+        trainer = trainer_of('qwen2_vl', tmp_path/'out', rows, skip, max_steps=1, per_device_train_batch_size=4, learning_rate=.1, warmup_steps=0, optim='sgd', **kwargs)   # Adam would make a step of what is rounding
         start = [p.clone() for p in trainer.model.parameters() if p.requires_grad]
         before(); trainer.train()
         return [p-s for p,s in zip((p for p in trainer.model.parameters() if p.requires_grad), start)]
     whole = after(rows[:2])
-    for a,b in zip(whole, after(rows, damage)): assert torch.allclose(a, b, atol=1e-6)
+    for a,b in zip(whole, after(rows, damage)): assert (a-b).abs().max()<=1e-4*max(d.abs().max() for d in whole)
     assert any(d.abs().max()>0 for d in whole)
     damaged(tmp_path, n=4)
     assert not any(d.any() for d in after(rows[2:], damage))
