@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --list
 
 Each line of RUNS is a command of this folder that leaves its results in --out and goes on where it stopped. A GPU takes the next line when it is free, with its share of the processor's cores. What has ended is noted in
---out/done.json; a line that is cut off or fails comes again. Without a Python for Unsloth, it is left out.
+--out/done.json; a line that is cut off or fails comes again. Without a Python for Unsloth it is left out, and a line that names it has not ended.
 """
 import argparse, json, os, subprocess, sys, threading, time
 from pathlib import Path
@@ -16,7 +16,7 @@ RUNS = {
     'all parts 2b':         speed('qwen2vl-2b', '2b')+'ours unsloth --rows 16 4',
     'tower frozen 2b':      speed('qwen2vl-2b', '2b')+'ours unsloth --rows 16 --vision-frozen',
     'least memory 2b':      speed('qwen2vl-2b', '2b')+'''ours --rows 16 4 1 --switches {{"activation_gib":0}}''',
-    'plan':                 'plan.py --out {out}/plan.jsonl',
+    'plan':                 'plan.py --minutes 60 --out {out}/plan.jsonl',   # it is this file that ends it
     'all parts 7b':         speed('qwen2vl-7b', '7b')+'ours unsloth --rows 8',
     '4 bit 7b':             speed('qwen2vl-7b', '7b')+'ours unsloth --rows 8 --bits 4',
     'transformers 2b':      speed('qwen2vl-2b', '2b')+'transformers --rows 4',
@@ -28,11 +28,15 @@ RUNS = {
     'sweep 2b':             'sweep.py --arch qwen2vl-2b --folder {checkpoints} --checkpointing --out {out}/sweep.jsonl --plot {out}/sweep.png',
 }
 
+def alone(command:str, a)->bool:
+    "Whether the line names Unsloth, and there is no Python for it."
+    return 'unsloth' in command.split() and not any(p.startswith('unsloth=') for p in a.python)
+
 def words_of(command:str, a)->list[str]:
     "The words of a line of RUNS."
     words = command.format(out=a.out.resolve(), checkpoints=a.folder.resolve()).split()
     if words[0]=='speed.py':
-        if 'unsloth' in words and not any(p.startswith('unsloth=') for p in a.python): words.remove('unsloth')
+        if alone(command, a): words.remove('unsloth')
         if a.python: words += ['--python', *a.python]
     return words
 
@@ -66,6 +70,7 @@ def main():
                 name = waiting.pop(0)
             start,good = time.monotonic(),run(name, device, place, len(devices), left, a)
             with lock:
+                good = good and not alone(RUNS[name], a)
                 if good: ended.append(name); done.write_text(json.dumps(ended))
                 print(f"GPU {device}: {name} {'ended' if good else 'did not end'} after {time.monotonic()-start:.0f} s", flush=True)
     workers = [threading.Thread(target=work, args=pair) for pair in enumerate(devices)]

@@ -122,6 +122,10 @@ def test_runs_go_on_where_they_stopped(monkeypatch, tmp_path, capsys):
     assert '--nonsense' in (tmp_path/'bad.log').read_text() and json.loads((tmp_path/'done.json').read_text())==['good']
     words = gpu.words_of('speed.py --who ours unsloth --rows 4', type('A', (), dict(out=tmp_path, folder=tmp_path, python=[])))
     assert 'unsloth' not in words and 'ours' in words
+    monkeypatch.setattr(gpu, 'RUNS', {'pair':'step.py --help unsloth'})
+    for python,ended in ([], '0 of 1'), (['--python', 'unsloth=python'], '1 of 1'):                 # what ran without the peer is run again with it
+        monkeypatch.setattr(sys, 'argv', ['gpu.py', '--out', str(tmp_path/'pair'), '--minutes', '2', '--devices', '0', *python]); gpu.main()
+        assert ended in capsys.readouterr().out
 
 def test_every_run_is_a_command():
     "Each line of gpu.py names a benchmark and options that it has."
