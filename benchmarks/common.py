@@ -27,6 +27,11 @@ def apart(*words)->list[str]:
     if done.returncode: raise RuntimeError(done.stderr[-3000:])
     return done.stdout.splitlines()
 
+def result_of(*words, timeout=None)->tuple: # (what its line of RESULT says, or None; the process)
+    "A command of ours in a process of its own, so that its peak is its own."
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=timeout)
+    return next((json.loads(l.removeprefix('RESULT ')) for l in done.stdout.splitlines() if l.startswith('RESULT ')), None),done
+
 def checkpoint(arch:str, folder:Path)->str:
     "The folder of a checkpoint with random weights, written if it is not there; `arch` is one of six_steps.SIZES."
     path = Path(folder).resolve()/arch

@@ -8,10 +8,10 @@ Each case is a process of its own, so that the GPU is empty before it. It plans 
 and compares the plan with torch's `max_memory_allocated`; `max_memory_reserved`, which fragmentation adds to, is shown beside. Results are added to --out, a line a case; a case that is there is not run
 again, so that a run that was cut off goes on. The table is printed in the end, from the file.
 """
-import argparse, json, subprocess, sys, tempfile, time
+import argparse, json, subprocess, tempfile, time
 from pathlib import Path
 
-from common import HERE, lines_of, processor_of
+from common import lines_of, processor_of, result_of
 
 SETTINGS = {  # rows a pass, and what is unlike the defaults
     'checkpointing':       dict(rows=8),
@@ -138,9 +138,9 @@ def main():
             left = 60*a.minutes-(time.monotonic()-start)
             if (arch,setting) in done: continue
             if left<20: print(f"{arch}, {setting}: no time is left; run the same command again."); continue
-            try: out = subprocess.run([sys.executable, __file__, '--case', arch, setting], capture_output=True, text=True, timeout=left, cwd=HERE.parent)
+            try: got,out = result_of(__file__, '--case', arch, setting, timeout=left)
             except subprocess.TimeoutExpired: print(f"{arch}, {setting}: not done in time; run the same command again."); continue
-            got = next((json.loads(l[7:]) for l in out.stdout.splitlines() if l.startswith('RESULT ')), None) or dict(arch=arch, setting=setting, rows=SETTINGS[setting]['rows'], error=out.stderr[-2000:])
+            got = got or dict(arch=arch, setting=setting, rows=SETTINGS[setting]['rows'], error=out.stderr[-2000:])
             with open(a.out, 'a') as f: f.write(json.dumps(got)+'\n')
             print(f"{arch}, {setting}: " + (f"failed\n{got['error']}" if 'error' in got else f"planned {got['planned_gib']:.2f} GiB in {got['seconds_plan']} s" + (f", measured {got['allocated_gib']:.2f}" if 'allocated_gib' in got else '')), flush=True)
     show(a.out)

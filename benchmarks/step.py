@@ -7,11 +7,11 @@
 A step is one packed pass of --rows drawn pages that lie on the device, backward, and AdamW; LoRA r=16, bfloat16 on a GPU. Each setting is a process of its own: --warm passes, of different lengths, then the median of --steps
 timed ones, then one more under torch's profiler. "waits" are calls that hold the processor until the GPU is done. Results are added to --out, a line a case; a case that is there is not run again.
 """
-import argparse, json, re, statistics, subprocess, sys, tempfile, time, warnings
+import argparse, json, re, statistics, tempfile, time, warnings
 from contextlib import nullcontext
 from pathlib import Path
 
-from common import BASE, HERE, checkpoint, lines_of
+from common import BASE, checkpoint, lines_of, result_of
 
 SETTINGS = {  # what is unlike: every block run again, the plain blocks, torch's attention, all parts trained
     'plain':                        {},
@@ -123,9 +123,8 @@ def main():
     for case in cases:
         if is_done(case): continue
         if a.minutes is not None and time.monotonic()-start>60*a.minutes: print('No time is left; run the same command again.'); break
-        done = subprocess.run([sys.executable, __file__, '--case', json.dumps(case)], capture_output=True, text=True, cwd=HERE.parent)
-        told = next((l.removeprefix('RESULT ') for l in done.stdout.splitlines() if l.startswith('RESULT ')), None)
-        found = json.loads(told) if told else dict(error=done.stderr[-1500:])
+        found,done = result_of(__file__, '--case', json.dumps(case))
+        found = found or dict(error=done.stderr[-1500:])
         with open(a.out, 'a') as f: f.write(json.dumps({**case, **found})+'\n')
         print(f"{case['setting']}: " + (f"failed: …{found['error'][-600:]}" if 'error' in found else f"{found['seconds']:.3f} s a step, {found['kernels_ms']/1e3:.3f} s of it in kernels"), flush=True)
     lines = [l for l in lines_of(a.out) if 'error' not in l]

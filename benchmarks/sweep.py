@@ -12,10 +12,10 @@ Each case is a process of its own, so that its peak is its own. LoRA r=16 on all
 is the median of --steps after the first ones, pictures opened and collated within it; "grows as" is the exponent between a case and the one before it, 1 being in proportion. Results are added to --out, a line a case;
 a case that is there is not run again, but for those that failed otherwise than for want of memory. The table is printed in the end, from the file. TFLOP/s: see common.py.
 """
-import argparse, json, math, random, shutil, statistics, subprocess, sys, tempfile, time
+import argparse, json, math, random, shutil, statistics, tempfile, time
 from pathlib import Path
 
-from common import BASE, HERE, WORDS, apart, checkpoint, lines_of, page, processor_of, row_work
+from common import BASE, WORDS, apart, checkpoint, lines_of, page, processor_of, result_of, row_work
 
 AXES = ('tokens','batch','rows')
 TEXT = 512      # tokens of a row beside its picture, at most
@@ -160,8 +160,7 @@ def cases(a, model:str)->list[dict]:
 
 def run(case:dict, chip:dict)->dict:
     "One case in a process of its own: its line of --out."
-    out = subprocess.run([sys.executable, __file__, '--case', json.dumps(case)], capture_output=True, text=True)
-    got = next((json.loads(l[7:]) for l in out.stdout.splitlines() if l.startswith('RESULT ')), None)
+    got,out = result_of(__file__, '--case', json.dumps(case))
     return dict(case=case, chip=chip, **(got or dict(error=out.stderr[-2000:] or f'ended with {out.returncode}', final='OutOfMemoryError' in out.stderr or out.returncode==-9)))
 
 def main():

@@ -131,7 +131,7 @@ def _safe_4bit_on_cpu(model):
 
 # %% ../nbs/00_loading.ipynb #48163333
 def uneven_linears(
-    model, # a plain one, on any device
+    model, # quantised or not
 )->list[str]:
     "Linears whose rows end within a block of 64 numbers."
     return [n for n,m in model.named_modules() if isinstance(m, torch.nn.Linear) and m.in_features%64]
@@ -154,7 +154,7 @@ def whole_blocks_on_cpu(how, config, family, place):
 
 def refuse_uneven_on_cpu(model):
     "Raise where a checkpoint's own 4-bit layers would be read wrongly."
-    bad = [n for n,m in model.named_modules() if type(m).__name__=='Linear4bit' and m.in_features%64 and m.weight.device.type=='cpu']
+    bad = [n for n in uneven_linears(model) if type(m := model.get_submodule(n)).__name__=='Linear4bit' and m.weight.device.type=='cpu']
     if bad: raise ValueError(f"bitsandbytes reads 4-bit rows that are no multiple of 64 wrongly on a CPU.\nFound: {len(bad)} such layers in the checkpoint: {', '.join(bad[:3])}{' …' if bad[3:] else ''}.\n"
                              "Try: a GPU, or the 16-bit checkpoint with load_in_4bit=True, which leaves them as they are.")
     return model

@@ -10,10 +10,9 @@ import inspect
 from functools import cache
 import torch, torch.nn.functional as F
 from torch import Tensor
-try:
-    from torch.nn.attention.varlen import varlen_attn
-    _OPTIONS = inspect.signature(varlen_attn).parameters                      # they differ from torch to torch
-except ImportError: varlen_attn = None                                        # before torch 2.10
+from torch.nn.attention.varlen import varlen_attn
+
+_OPTIONS = inspect.signature(varlen_attn).parameters                          # they differ from torch to torch
 
 # %% ../../nbs/kernels/attention.ipynb #4ce8cf87
 @cache
