@@ -208,7 +208,7 @@ def plot_precisions(
             if r.get(key) is not None: ax.plot([r[key]], [i], 'o', color=color, mfc='white' if r['against_first']=='worse' else color, ms=6)
         ax.set_title(title, fontsize=9); ax.spines[['top','right']].set_visible(False); ax.grid(axis='x', alpha=.3); ax.tick_params(labelsize=8)
         most = max((x for l in ax.lines for x in l.get_xdata()), default=1) or 1
-        ax.set_xlim(-.04*most, 1.08*most)
+        ax.set_xlim(-.04*most, 1.08*most); ax.locator_params(axis='x', nbins=3)
     axes[0].set_yticks(at, [(f"{r['model']}, " if len(models)>1 else '')+r['precision'] for r in compared]); axes[0].invert_yaxis()
     plt.close(fig)
     return fig
