@@ -93,6 +93,7 @@ def work(a):
     import torch
     from transformers import TrainerCallback
     gpu = torch.cuda.is_available()
+    if many['gib']: torch.cuda.set_per_process_memory_fraction(min(1., many['gib']*2**30/torch.cuda.get_device_properties(0).total_memory))
     now = lambda: (torch.cuda.synchronize() if gpu else None, time.perf_counter())[1]
     def peak():
         if gpu: return dict(peak_gib=torch.cuda.max_memory_reserved()/2**30, allocated_gib=torch.cuda.max_memory_allocated()/2**30)
@@ -111,7 +112,7 @@ def work(a):
                 if self.seen==self.until-many['steps']: self.at = now()
                 return
             else: figures = dict(rows_per_second=many['rows']*many['accumulate']*many['steps']/(now()-self.at))
-            say.write(json.dumps({**figures, **peak()})+'\n'); say.flush()
+            say.write(json.dumps({**figures, **peak(), **({'kept':trainer.kept} if a.worker=='ours' else {})})+'\n'); say.flush()   # kept: blocks that are not run again
             if sys.stdin.readline().strip()!='go': control.should_training_stop = True; return
             self.until = self.seen+1+many['steps']
     trainer = load(a)
@@ -134,11 +135,13 @@ class Peer:
         try: self.process.stdin.write(word+'\n'); self.process.stdin.flush()
         except BrokenPipeError: pass
 
-def compare(spec, who, windows)->dict:
+def compare(spec, who, windows, together=False)->dict:
     "Windows in turns: figures of each."
     found,peers = {},[]
-    for w in who:                                                             # one after the other, so that none compiles while another is measured
-        peers.append(Peer(w, spec)); found[w] = dict(peers[-1].hear(), windows=[])
+    if together: peers = [Peer(w, spec) for w in who]
+    for i,w in enumerate(who):                                                # one after the other; none compiles while another is measured
+        if not together: peers.append(Peer(w, spec))
+        found[w] = dict(peers[i].hear(), windows=[])
         print(f"{w:12} " + (f"failed: …{found[w]['error'][-600:]}" if 'error' in found[w] else f"loaded in {found[w]['load']:.0f} s, first {found[w]['warm_steps']} steps {found[w]['warm']:.0f} s" + ('' if found[w]['settled'] else ', and not settled yet')), flush=True)
     for i in range(windows):
         for p in peers:
@@ -203,7 +206,7 @@ def run(case:dict, a, tmp:Path)->dict:
     if not a.data and not (tmp/'train.jsonl').exists(): drawn_pages(tmp, a.n, *(((40,112), 16) if small else ()))
     spec = {**case, 'python':dict(p.split('=', 1) for p in a.python), 'model':model, 'data':str(Path(a.data or tmp).resolve()), 'steps':a.steps, 'warm':a.warm, 'warm_most':a.warm_most, 'max_pixels':a.max_pixels or (28672 if small else None)}
     print(f"{case['rows']} rows a pass, {case['accumulate']} passes a step", flush=True)
-    found = compare(spec, a.who, a.windows)
+    found = compare(spec, a.who, a.windows, a.together)
     return dict(case=case, found=found, chip=json.loads(apart('common.py')[-1]), work=row_work(model, rows_of(spec['data'], a.n), spec['max_pixels'], not a.vision_frozen))
 
 def show(lines:list):
@@ -220,7 +223,8 @@ def main():
     ap.add_argument('--rows', type=int, nargs='+', default=[16], help='a pass; each number is a case'); ap.add_argument('--accumulate', type=int, default=1, help='passes a step')
     ap.add_argument('--step-rows', type=int, help='rows a step, which settle --accumulate'); ap.add_argument('--minutes', type=float, help='no case is begun after'); ap.add_argument('--plot', type=Path, help='file for rows/s against memory, of all cases in --out')
     ap.add_argument('--switches', type=json.loads, default={}, metavar='JSON', help='arguments of VisionTrainingArguments for ours, such as {"compile_blocks": false}'); ap.add_argument('--python', nargs='+', default=[], metavar='WHO=FILE', help='a Python of its own for a trainer, such as unsloth=VENV/bin/python')
-    ap.add_argument('--bits', type=int, default=16, choices=(16,4))
+    ap.add_argument('--bits', type=int, default=16, choices=(16,4)); ap.add_argument('--gib', type=float, help='of GPU memory that a trainer may take')
+    ap.add_argument('--together', action='store_true', help='load all trainers at a time: sooner ready, but what their first steps took says little then')
     ap.add_argument('--max-pixels', type=int, help='of a picture; the embedded base takes 28672 unless told'); ap.add_argument('--checkpointing', action='store_true'); ap.add_argument('--vision-frozen', action='store_true')
     ap.add_argument('--cached', action='store_true', help='with --vision-frozen: features are kept over epochs'); ap.add_argument('--n', type=int, default=400, help='different rows')
     ap.add_argument('--steps', type=int, default=10, help='of a window'); ap.add_argument('--windows', type=int, default=3); ap.add_argument('--warm', type=int, default=8, help='steps before the first window, at least: it begins when none of the last 8 took twice as long as the fastest')
@@ -228,7 +232,7 @@ def main():
     ap.add_argument('--out', type=Path, default=Path('speed.jsonl')); ap.add_argument('--worker', help=argparse.SUPPRESS); ap.add_argument('--spec', help=argparse.SUPPRESS)
     a = ap.parse_args()
     if a.worker: return work(a)
-    start,settings = time.monotonic(),('who','arch','model','data','bits','max_pixels','checkpointing','vision_frozen','cached','switches','n')
+    start,settings = time.monotonic(),('who','arch','model','data','bits','gib','max_pixels','checkpointing','vision_frozen','cached','switches','n')
     cases = [{**{k:getattr(a, k) for k in settings}, 'rows':rows, 'accumulate':max(1, a.step_rows//rows) if a.step_rows else a.accumulate} for rows in a.rows]
     with tempfile.TemporaryDirectory() as tmp:
         for case in cases:

@@ -2,7 +2,7 @@
 
     python benchmarks/step.py                                           # on a CPU, with the embedded base
     python benchmarks/step.py --arch qwen2vl-2b --plot step.png         # on a GPU, random weights; five minutes
-    python benchmarks/step.py --arch qwen2vl-2b --setting compiled "compiled, tower frozen" --list 20
+    python benchmarks/step.py --arch qwen2vl-2b --setting compiled "compiled, all kept" --list 20
 
 A step is one packed pass of --rows drawn pages that lie on the device, backward, and AdamW; LoRA r=16, bfloat16 on a GPU. Each setting is a process of its own: --warm passes, of different lengths, then the median of --steps
 timed ones, then one more under torch's profiler. "waits" are calls that hold the processor until the GPU is done. Results are added to --out, a line a case; a case that is there is not run again.
@@ -14,13 +14,12 @@ from pathlib import Path
 from common import BASE, checkpoint, lines_of, result_of
 
 SETTINGS = {  # what is unlike: every block run again, the plain blocks, torch's attention, all parts trained
-    'plain':                        {},
-    'compiled':                     dict(compiled=True),
-    'compiled, flash-attn-4':       dict(compiled=True, newest=True),
-    'compiled, all kept':           dict(compiled=True, kept=True),
-    'plain, tower frozen':          dict(frozen=True),
-    'compiled, tower frozen':       dict(compiled=True, frozen=True),
-    'compiled, tower frozen, kept': dict(compiled=True, frozen=True, kept=True),
+    'plain':                                      {},
+    'compiled':                                   dict(compiled=True),
+    'compiled, all kept':                         dict(compiled=True, kept=True),
+    'compiled, all kept, flash-attn-4':           dict(compiled=True, kept=True, newest=True),
+    'tower frozen, compiled, all kept':           dict(compiled=True, frozen=True, kept=True),
+    'tower frozen, compiled, all kept, flash-attn-4': dict(compiled=True, frozen=True, kept=True, newest=True),
 }
 KINDS = {     # of kernels, by their names: the first that matches
     'attention':   r'flash|attention|fmha',

@@ -34,8 +34,9 @@ def step(model, family, batch, dtype=None):
     "Loss and gradients of a packed batch on the model's device."
     batch = {k: v.to(model.device) if torch.is_tensor(v) else v for k,v in batch.items()}
     model.zero_grad(set_to_none=True)
-    with packed(model, family), torch.autocast('cuda', dtype, enabled=dtype is not None): loss = packed_loss(model, batch)
-    loss.backward()
+    with packed(model, family):                                               # in the backward pass too: a checkpointed block runs again as it ran
+        with torch.autocast('cuda', dtype, enabled=dtype is not None): loss = packed_loss(model, batch)
+        loss.backward()
     return loss.item(),{n:p.grad.detach().float().cpu() for n,p in model.named_parameters() if p.grad is not None}
 
 def plain(model, family, features):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['check_model', 'check_args', 'checkpoint_bytes', 'check_room', 'held_out', 'StepLines', 'History', 'EvalByGeneration',
-           'as_rows', 'check_dataset', 'row_of', 'processor_of', 'Numbered', 'RowNotes', 'VisionTrainer',
-           'LengthGroups', 'TokenBatches', 'memory_advice', 'TimeBudget', 'same_rng', 'find_checkpoint', 'saved_shapes',
-           'check_checkpoint', 'check_unfinished', 'own_shapes', 'load_whole']
+           'as_rows', 'check_dataset', 'tokens_of_a_large_pass', 'row_of', 'processor_of', 'Numbered', 'RowNotes',
+           'VisionTrainer', 'LengthGroups', 'TokenBatches', 'memory_advice', 'TimeBudget', 'same_rng',
+           'find_checkpoint', 'saved_shapes', 'check_checkpoint', 'check_unfinished', 'own_shapes', 'load_whole']
 
 # %% ../nbs/04_training.ipynb #78fa904c
 import copy,gc,inspect,itertools,json,logging,math,random,shutil,tempfile,time
@@ -31,7 +31,7 @@ from .models.family import base_of, family_for, nearest, refuse_unknown, table
 from .features import FeatureCache, free_gib, looks_once, with_features
 from .kernels.lora import half_products
 from .packing import packed, packed_loss
-from .recompute import InputsAside, Recompute
+from .recompute import InputsAside, Recompute, SavedGradients
 from .kernels.compiled import BlockGraphs, Compiling
 from .setup import VisionDataCollator, VisionTrainingArguments
 
@@ -210,6 +210,14 @@ def check_dataset(rows, collator):
     if not len(rows): raise ValueError("There are no rows to train or evaluate on.\nFound: an empty dataset.")
     return collator.check(rows)
 
+def tokens_of_a_large_pass(
+    mean:float, # tokens of a row
+    longest:int,
+    rows:int,   # of a pass
+)->float:
+    "Four times its spread above the mean, where that of rows is half their mean; at most as many rows of the longest kind."
+    return min(rows*longest, rows*mean+4*rows**.5*mean/2)
+
 def row_of(collator):
     "How the collator makes a row of an example."
     return getattr(collator, 'row', lambda example: example)
@@ -281,26 +289,32 @@ class VisionTrainer(Trainer):
         check_args(args, self._measured(eval_dataset, data_collator))
         check_room(args.output_dir, 0 if args.save_strategy=='no' else checkpoint_bytes(model))
         checked,_ = (check_dataset(data, data_collator) for data in (train_dataset, eval_dataset))
-        longest = next((l['max'] for l in checked or () if l['per row']=='tokens, text and image'), None)
+        tokens = next((l for l in checked or () if l['per row']=='tokens, text and image'), None)
         args.gradient_checkpointing = bool(args.gradient_checkpointing and getattr(base_of(model), 'gradient_checkpointing_wanted', True))
         keep_inputs_frozen(model)
         super().__init__(model=model, args=args, data_collator=data_collator, train_dataset=train_dataset, eval_dataset=eval_dataset,
                          processing_class=processor, callbacks=callbacks, **kwargs)
         for callback in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK): self.remove_callback(callback)
         if progress: self.add_callback(StepLines())
-        self.kept = []                                                    # which blocks keep what they compute, after the first step
         self.augment,self.left_out = augment,{}                # row number -> why it was left out
         self.add_callback(RowNotes(self))
         self._tokens,self._mark,self._paused,self._waited = 0,None,0.,0.  # since the last log: tokens read; its time; seconds of evaluation, and of waiting for rows
         self.packs = bool(getattr(args, 'packing', True)) and isinstance(data_collator, VisionDataCollator) and self.compute_loss_func is None and args.world_size==1
         self.passes = self._passes(args.tokens_per_pass) if getattr(args, 'tokens_per_pass', None) else None
-        self.most = args.tokens_per_pass if self.passes else longest and longest*args.per_device_train_batch_size       # tokens of the largest pass; None: not known
+        self.can_repeat = hasattr(model, 'peft_config')                   # a pass: an adapter's gradients are small enough for a copy
+        large = tokens_of_a_large_pass if self.can_repeat else lambda mean, longest, rows: longest*rows
+        self.most = args.tokens_per_pass if self.passes else tokens and large(tokens['sum']/checked[0]['sum'], tokens['max'], args.per_device_train_batch_size)   # None: not known
         self.recompute = Recompute(model, getattr(args, 'activation_gib', None)) if args.gradient_checkpointing else None
         self.aside = InputsAside(model) if self.recompute and self.recompute.gib==0 and model.device.type=='cuda' else nullcontext()
         self.compiling = Compiling(getattr(args, 'compile_blocks', None), model.device)
         self.graphs,self.budget = BlockGraphs(model, forgiving=self.compiling.wanted is None),None                     # budget: of minutes, once training begins
         gib = getattr(args, 'feature_cache_gib', None)
         self.features = FeatureCache(free_gib()/4 if gib is None else gib) if self.packs and gib!=0 and not augment and looks_once(model, family_for(model)) else None
+
+    @property
+    def kept(self)->list[dict]:
+        "Which blocks keep what they compute, for `table`; after the first step."
+        return self.recompute.lines() if self.recompute else []
 
     def _measured(self, data, collator)->tuple:
         "What an evaluation will measure, without 'eval_'; empty where that cannot be said before."
@@ -444,6 +458,15 @@ def _pass(self:VisionTrainer, is_packed:bool):
         yield
 
 @patch
+def _loss_or_error(self:VisionTrainer, model, inputs, num_items_in_batch):
+    "The loss of a pass; torch.OutOfMemoryError itself, where blocks keep something that they need not."
+    try:
+        with self._pass('row_bounds' in inputs): return Trainer.training_step(self, model, inputs, num_items_in_batch)
+    except torch.OutOfMemoryError as e:
+        if not (self.can_repeat and any(l['keep all'] for l in self.kept)): raise torch.OutOfMemoryError(memory_advice(inputs, self.args, family_for(model))) from e
+    return torch.OutOfMemoryError                                             # outside of `except`: the error holds the tensors of the pass
+
+@patch
 def training_step(self:VisionTrainer, model, inputs, num_items_in_batch=None):
     "One forward and backward; its tokens are counted where they are, on the device."
     if left := inputs.pop('left_out', None):
@@ -457,12 +480,12 @@ def training_step(self:VisionTrainer, model, inputs, num_items_in_batch=None):
     self._tokens = self._tokens + n
     settles = self.compiling.begin((self.state.max_steps-self.state.global_step)*self.args.gradient_accumulation_steps, self.budget.seconds_left() if self.budget else math.inf) and self.recompute   # a pass that shows what blocks keep: the first, and the first that is compiled
     if settles: self.recompute.watch()
-    try:
-        with self._pass('row_bounds' in inputs):
-            loss = Trainer.training_step(self, model, inputs, num_items_in_batch)
-    except torch.OutOfMemoryError as e: raise torch.OutOfMemoryError(memory_advice(inputs, self.args, family_for(model))) from e
+    before = SavedGradients(model.parameters()) if self.kept and self.can_repeat else None
+    while (loss := self._loss_or_error(model, inputs, num_items_in_batch)) is torch.OutOfMemoryError:
+        self.recompute.less(); before.put_back(); torch.cuda.empty_cache()
+        logging.getLogger('vlm_ft').warning(f"A pass of {int(n):,} tokens did not fit; {sum(l['keep all'] for l in self.kept)} blocks keep what they compute from here on, and it is made again.")
     self.compiling.end()
-    if settles: self.kept = self.recompute.settle(self.most/int(n) if self.most else 2.)
+    if settles: self.recompute.settle(self.most/int(n) if self.most else 2.)
     return loss
 
 @patch

@@ -28,9 +28,9 @@ def half_products(on:bool=True):
     finally: _HALF.reset(token)
 
 if not hasattr(torch.ops.vlm_ft, 'add_product_'):                             # this page and the module it makes may both be loaded
-    torch.library.define('vlm_ft::add_product_', '(Tensor(a!) y, Tensor h, Tensor b, float alpha) -> ()')
-    torch.library.impl('vlm_ft::add_product_', ('CPU','CUDA'))(lambda y, h, b, alpha: (y.addmm_(h, b, alpha=alpha), None)[1])
-    torch.library.register_fake('vlm_ft::add_product_')(lambda y, h, b, alpha: None)
+    torch.library.define('vlm_ft::add_product_', '(Tensor(a!) y, Tensor x, Tensor w) -> ()')
+    torch.library.impl('vlm_ft::add_product_', ('CPU','CUDA'))(lambda y, x, w: (y.addmm_(x, w), None)[1])
+    torch.library.register_fake('vlm_ft::add_product_')(lambda y, x, w: None)
 
 def wide_and_thin(
     x:Tensor, w:Tensor,    # (tokens, in) and (in, out)
@@ -43,8 +43,9 @@ def wide_and_thin(
     n,kind = TOKENS_AT_ONCE,torch.backends.mkldnn.matmul
     in_pieces = half or x.dtype==torch.bfloat16 and not x.is_cuda
     if not in_pieces or len(x)<n:
-        y = x@w if bias is None else torch.addmm(bias, x, w)
-        torch.ops.vlm_ft.add_product_(y, h, b, alpha) if torch.compiler.is_compiling() else y.addmm_(h, b, alpha=alpha)
+        if alpha!=1: h = h*alpha
+        y = h@b if bias is None else torch.addmm(bias, h, b)
+        torch.ops.vlm_ft.add_product_(y, x, w) if torch.compiler.is_compiling() else y.addmm_(x, w)
         return y
     y,before = x.new_empty(len(x), w.shape[1]),kind.fp32_precision
     try:
