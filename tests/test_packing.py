@@ -1,6 +1,8 @@
 "The switch: training with rows packed is training with rows padded, step by step, for every family."
+from contextlib import nullcontext
 from functools import partial
 import pytest, torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers import AttentionInterface, TrainingArguments
 from vlm_ft import packing
 from vlm_ft.kernels.lora import multiplies_bf16
@@ -11,6 +13,7 @@ from vlm_ft.messages import to_messages
 from vlm_ft.models.family import base_of, family_for
 from vlm_ft.models.tiny import FAMILIES, drawn, tiny
 from vlm_ft.packing import pack_batch, packed, packed_loss
+from vlm_ft.planning import PLANNED, hollow, sixteen_bit
 from vlm_ft.setup import VisionDataCollator, VisionTrainingArguments
 from vlm_ft.training import VisionTrainer
 
@@ -142,3 +145,17 @@ def test_which_kernel_rows_attend_by(newest, tmp_path, monkeypatch):
         monkeypatch.setitem(AttentionInterface._global_mapping, name, partial(attend, **getattr(own, 'keywords', {})))
     run('pixtral', tmp_path, steps=1, flash_attention_4=newest)
     assert set(asked)=={(newest, True), (newest, False)}                     # the tower and the language model
+
+@pytest.mark.parametrize('ahead', (True, False))
+def test_a_pass_waits_for_no_number(ahead, monkeypatch):
+    "Over tensors that have shapes and no values, what would wait for a GPU's answer is an error; Qwen2-VL asks nothing, forwards and backwards, unless transformers' model sees the pictures by itself."
+    model,processor = tiny('qwen2_vl')
+    net,mode = hollow(model.config, adapt=lambda m: get_peft_model(m, r=4), dtype=torch.float32)
+    family = family_for(net)
+    for path in family.packs: net.get_submodule('base_model.model.'+path).config._attn_implementation = PLANNED
+    batch = family.pixels(pack_batch([encode(to_messages(r), processor, family) for r in rows()], family))
+    with mode, sixteen_bit(base_of(net)):
+        batch = {k: mode.from_tensor(v) if torch.is_tensor(v) else v for k,v in batch.items()}
+        if not ahead: monkeypatch.setattr(type(family), 'see', lambda self, model, batch: batch)
+        with nullcontext() if ahead else pytest.raises(DataDependentOutputException): packed_loss(net, batch, 7).backward()
+    assert not ahead or all(p.grad is not None for p in net.parameters() if p.requires_grad)

@@ -102,8 +102,11 @@ def pack_batch(
     lengths = [len(f['input_ids']) for f in features]
     out = dict(input_ids=torch.cat([f['input_ids'] for f in features])[None], position_ids=torch.cat([family.positions(f) for f in features], -1),
                row_bounds=bounds(lengths), longest_row=max(lengths))
-    if 'labels' in features[0]: out['labels'] = torch.cat([f['labels'] for f in features])[None]
-    return {**out, **family.pack_images(features), **byte_values(features)}
+    if 'labels' in features[0]:
+        out['labels'] = torch.cat([f['labels'] for f in features])[None]
+        out['supervised'] = (out['labels'][0,1:]!=-100).nonzero()[:,0]         # tokens after which one carries loss
+    out |= family.pack_images(features)
+    return {**out, **family.ahead(out), **byte_values(features)}
 
 @contextmanager
 def attending(
@@ -169,8 +172,7 @@ def packed_loss(
     n_items=None,      # what the sum is divided by; None: the supervised tokens
 )->Tensor:
     "The loss of a packed batch."
-    base,labels = base_of(model),batch['labels'][0,1:]
-    batch = family_for(base).pixels(batch, base)                              # bytes become numbers only here, where the model is
-    hidden = base.model(**{k:v for k,v in batch.items() if k!='labels'}, use_cache=False).last_hidden_state[0,:-1]
-    at = (labels!=-100).nonzero()[:,0]
-    return supervised_loss(hidden[at], base.lm_head.weight, labels[at], len(at) if n_items is None else n_items)
+    base,family,at = base_of(model),family_for(model),batch['supervised']
+    own = {k:v for k,v in batch.items() if k not in ('labels','supervised')}
+    hidden = base.model(**family.see(base, family.pixels(own, base)), use_cache=False).last_hidden_state[0]   # bytes become numbers only here, where the model is
+    return supervised_loss(hidden.index_select(0, at), base.lm_head.weight, batch['labels'][0,1:].index_select(0, at), len(at) if n_items is None else n_items)

@@ -158,6 +158,8 @@ class VisionTrainingArguments(TrainingArguments):
     remove_unused_columns:bool = False                   # pictures are columns that no forward() names
     dataloader_num_workers:int = _on_gpu(4, 0)           # opening pictures costs tens of ms each: not in the training process
     dataloader_pin_memory:bool = _on_gpu(True, False)
+    accelerator_config:dict|str|None = _on_gpu({'non_blocking':True}, None)   # a batch is on its way while the GPU works
+    logging_nan_inf_filter:bool = False                  # a loss that is no number is shown; to filter it, every pass would wait for its own
     label_names:list[str]|None = dataclasses.field(default_factory=lambda: ['labels'])
     logging_steps:float = 10
     logging_first_step:bool = True

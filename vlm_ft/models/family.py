@@ -145,6 +145,14 @@ class Family:
         "What tower and projector make of some pictures, a tensor each."
         raise NotImplementedError
 
+    def ahead(self, batch:dict)->dict:
+        "What a pass would ask the device for and wait, of a packed batch that is not there yet; nothing unless `see` takes it."
+        return {}
+
+    def see(self, model, batch:dict)->dict:
+        "A packed batch with its pictures seen; as it is where the model sees them itself."
+        return batch
+
     def place(self, model, batch:dict, features:list)->dict:
         "A packed batch with features where its pictures were."
         ids,embed = batch['input_ids'],model.get_input_embeddings()

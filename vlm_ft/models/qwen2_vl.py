@@ -8,6 +8,7 @@ __all__ = ['Qwen2VLImageProcessor', 'Qwen2VLProcessor', 'Qwen2VL']
 # %% ../../nbs/models/qwen2_vl.ipynb #8d30ab91
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor as _Qwen2VLProcessor
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
 import numpy as np, torch
 from .family import ByteReader, Family, ImageTokens, Seen, register
 
@@ -100,6 +101,24 @@ class Qwen2VL(Family):
     def numbers(self, batch, values):
         x = super().numbers(batch, values)                                       # (patches, 3, height, width), in the order that the processor flattens
         return x[:,:,None].expand(-1, -1, self.config.vision_config.temporal_patch_size, -1, -1).flatten(1)
+
+    def ahead(self, batch):
+        if 'image_grid_thw' not in batch: return {}
+        grid = batch['image_grid_thw']
+        bounds = get_vision_cu_seqlens(grid)
+        return dict(image_at=(batch['input_ids'][0]==self.config.image_token_id).nonzero()[:,0], image_position_ids=get_vision_position_ids(grid, self.config.vision_config.spatial_merge_size),
+                    image_cu_seqlens=bounds, image_max_seqlen=bounds.diff().max().item())
+
+    def see(self, model, batch):
+        if 'pixel_values' not in batch: return batch
+        tower = model.get_submodule(self.vision)
+        told = {k.removeprefix('image_'):batch[k] for k in ('image_position_ids','image_cu_seqlens','image_max_seqlen')}
+        return self.place(model, batch, [tower(batch['pixel_values'].to(tower.dtype), grid_thw=batch['image_grid_thw'], **told).pooler_output])
+
+    def place(self, model, batch, features):
+        x = model.get_input_embeddings()(batch['input_ids'])
+        own = {k:v for k,v in batch.items() if k not in ('input_ids','byte_values','pixel_values') and not k.startswith('image_')}
+        return {**own, 'inputs_embeds':x[0].index_copy(0, batch['image_at'], torch.cat(features).to(x.dtype))[None]}
 
     def pictures(self, batch):
         grids = batch.get('image_grid_thw', ())
