@@ -928,6 +928,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'vlm_ft.loading.from_pretrained': ('loading.html#from_pretrained', 'vlm_ft/loading.py'),
                                 'vlm_ft.loading.is_bf16_supported': ('loading.html#is_bf16_supported', 'vlm_ft/loading.py'),
                                 'vlm_ft.loading.keep_inputs_frozen': ('loading.html#keep_inputs_frozen', 'vlm_ft/loading.py'),
+                                'vlm_ft.loading.let_segments_grow': ('loading.html#let_segments_grow', 'vlm_ft/loading.py'),
                                 'vlm_ft.loading.load_adapter': ('loading.html#load_adapter', 'vlm_ft/loading.py'),
                                 'vlm_ft.loading.load_processor': ('loading.html#load_processor', 'vlm_ft/loading.py'),
                                 'vlm_ft.loading.load_weights': ('loading.html#load_weights', 'vlm_ft/loading.py'),
