@@ -5,7 +5,7 @@
     python benchmarks/step.py --arch qwen2vl-2b --setting compiled "compiled, all kept" --list 20
 
 A step is one packed pass of --rows drawn pages that lie on the device, backward, and AdamW; LoRA r=16, bfloat16 on a GPU. Each setting is a process of its own: --warm passes, of different lengths, then the median of --steps
-timed ones, then one more under torch's profiler. "waits" are calls that hold the processor until the GPU is done. Results are added to --out, a line a case; a case that is there is not run again.
+timed ones, then one of the middle length under torch's profiler. "waits" are calls that hold the processor until the GPU is done. Results are added to --out, a line a case; a case that is there is not run again.
 """
 import argparse, json, re, statistics, tempfile, time, warnings
 from contextlib import nullcontext
@@ -60,6 +60,7 @@ def measure(case:dict)->dict:
     for blocks in kinds_of_blocks(model).values():
         for b in blocks: b.gradient_checkpointing = not how.get('kept', False)
     given = [{k: v.to(model.device) if torch.is_tensor(v) else v for k,v in b.items()} for b in batches(processor, family, 5, case['rows'], small)]
+    typical = sorted(given, key=lambda b: b['input_ids'].numel())[2]                # of five
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=gpu)
     def step(batch):
         with packed(model, family, how.get('newest', False)), graphs:
@@ -74,16 +75,16 @@ def measure(case:dict)->dict:
     for i in range(case['steps']):
         wait(); start = time.perf_counter(); step(given[i%5]); wait()
         seconds.append(time.perf_counter()-start)
-    found |= dict(seconds=statistics.median(seconds), least=min(seconds), most=max(seconds), tokens=given[0]['input_ids'].numel())
+    found |= dict(seconds=statistics.median(seconds), least=min(seconds), most=max(seconds), tokens=typical['input_ids'].numel())
     if gpu: found |= dict(allocated_gib=torch.cuda.max_memory_allocated()/2**30, reserved_gib=torch.cuda.max_memory_reserved()/2**30, device=torch.cuda.get_device_name())
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU] if gpu else [ProfilerActivity.CPU]) as seen: step(given[0]); wait()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU] if gpu else [ProfilerActivity.CPU]) as seen: step(typical); wait()
     took = lambda e: e.self_device_time_total if gpu else e.self_cpu_time_total
     events = [(took(e)/1e3, e.count, e.key) for e in seen.key_averages() if took(e)>0 and (not gpu or e.device_type.name=='CUDA')]
     found['kinds'] = {kind: sum(ms for ms,_,key in events if kind_of(key)==kind) for kind in KINDS}
     found |= dict(kernels_ms=sum(e[0] for e in events), launches=sum(e[1] for e in events), longest=sorted(events, reverse=True)[:40])
     if gpu:
         torch.cuda.set_sync_debug_mode('warn')
-        with warnings.catch_warnings(record=True) as said: warnings.simplefilter('always'); step(given[0])
+        with warnings.catch_warnings(record=True) as said: warnings.simplefilter('always'); step(typical)
         torch.cuda.set_sync_debug_mode('default')
         places = [f'{Path(w.filename).name}:{w.lineno}' for w in said if 'synchroniz' in str(w.message)]
         found['waits'] = {p: places.count(p) for p in dict.fromkeys(places)}
@@ -93,8 +94,8 @@ def table_of(lines:list)->list[dict]:
     return [{'setting':l['setting'], 'rows/s':l['rows']/l['seconds'], 'step, s':l['seconds'], 'kernels, s':l['kernels_ms']/1e3, 'launches':l['launches'], 'waits':sum(l['waits'].values()) if 'waits' in l else None,
              **{k: f"{l['kinds'][k]/l['kernels_ms']:.0%}" for k in KINDS}, 'reserved GiB':l.get('reserved_gib'), 'first passes, s':l['warm_seconds']} for l in lines if 'seconds' in l]
 
-def plot(lines:list, path:Path):
-    "A bar a setting: seconds in kernels by kind, and what of the step is none."
+def plot(lines:list):
+    "A figure: a bar a setting: seconds in kernels by kind, and what of the step is none."
     from matplotlib.figure import Figure
     lines = [l for l in lines if 'seconds' in l][::-1]
     fig = Figure((8, .5*len(lines)+1.3), dpi=120, layout='constrained'); ax = fig.subplots()
@@ -105,7 +106,8 @@ def plot(lines:list, path:Path):
         left = [a+b for a,b in zip(left, width)]
     for i,l in enumerate(lines): ax.annotate(f" {l['rows']/l['seconds']:.1f} rows/s", (left[i], i), va='center', fontsize=8)
     ax.set_xlabel(f"seconds of a step of {lines[0]['rows']} rows, {lines[0]['tokens']:,} tokens ({lines[0].get('device', 'CPU')})"); ax.margins(x=.14); ax.spines[['top','right']].set_visible(False)
-    ax.legend(frameon=False, fontsize=8, ncols=5, loc='lower center', bbox_to_anchor=(.5, 1.)); fig.savefig(path)
+    ax.legend(frameon=False, fontsize=8, ncols=5, loc='lower center', bbox_to_anchor=(.5, 1.))
+    return fig
 
 def main():
     from vlm_ft.models.family import table
@@ -131,6 +133,6 @@ def main():
     for l in lines[:len(lines) if a.list else 0]:
         print(f"\n{l['setting']}; waits at {l.get('waits')}")
         for ms,n,key in l['longest'][:a.list]: print(f"{ms:9.2f} ms {n:6}  {key[:110]}")
-    if a.plot and lines: plot(lines, a.plot)
+    if a.plot and lines: plot(lines).savefig(a.plot)
 
 if __name__=='__main__': main()
