@@ -10,7 +10,7 @@ import argparse, json, os, subprocess, sys, threading, time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-def speed(arch, name): return f'speed.py --arch {arch} --checkpointing --step-rows 16 --gib 78 --together --folder {{checkpoints}} --out {{out}}/speed-{name}.jsonl --plot {{out}}/speed-{name}.png --who '
+def speed(arch, name): return f'speed.py --arch {arch} --checkpointing --step-rows 16 --gib 78 --together --warm 40 --folder {{checkpoints}} --out {{out}}/speed-{name}.jsonl --plot {{out}}/speed-{name}.png --who '
 RUNS = {
     'step 2b':              'step.py --arch qwen2vl-2b --folder {checkpoints} --out {out}/step.jsonl --plot {out}/step.png',
     'all parts 2b':         speed('qwen2vl-2b', '2b')+'ours unsloth --rows 16 4',
