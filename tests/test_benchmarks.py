@@ -108,7 +108,7 @@ def test_where_a_step_goes(tmp_path):
     line = dict(setting='plain', rows=16, tokens=1000, seconds=2., kernels_ms=1000., launches=9, warm_seconds=3., kinds=dict(attention=500., products=250., copies=0., elementwise=250.), waits={'a.py:1':2})
     shown, = step.table_of([line])
     assert shown['rows/s']==8. and shown['attention']=='50%' and shown['waits']==2
-    step.plot([line], tmp_path/'p.svg'); assert '8.0 rows/s' in (tmp_path/'p.svg').read_text()
+    step.plot([line]).savefig(tmp_path/'p.svg'); assert '8.0 rows/s' in (tmp_path/'p.svg').read_text()
     found = step.measure(dict(model=str(common.BASE), setting='plain', rows=1, steps=1, warm=1))
     assert found['seconds']>0 and all(found['kinds'][k]>0 for k in ('attention','products','elementwise')) and abs(sum(found['kinds'].values())-found['kernels_ms'])<1e-6*found['kernels_ms']
 
