@@ -1316,6 +1316,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'vlm_ft.recompute.Recompute': ('recompute.html#recompute', 'vlm_ft/recompute.py'),
                                   'vlm_ft.recompute.Recompute.__init__': ('recompute.html#recompute.__init__', 'vlm_ft/recompute.py'),
                                   'vlm_ft.recompute.Recompute._keep': ('recompute.html#recompute._keep', 'vlm_ft/recompute.py'),
+                                  'vlm_ft.recompute.Recompute.keeps': ('recompute.html#recompute.keeps', 'vlm_ft/recompute.py'),
                                   'vlm_ft.recompute.Recompute.less': ('recompute.html#recompute.less', 'vlm_ft/recompute.py'),
                                   'vlm_ft.recompute.Recompute.lines': ('recompute.html#recompute.lines', 'vlm_ft/recompute.py'),
                                   'vlm_ft.recompute.Recompute.settle': ('recompute.html#recompute.settle', 'vlm_ft/recompute.py'),

@@ -72,9 +72,12 @@ class Recompute:
             self._keep(kind, len(blocks) if not n else max(0, min(len(blocks), int(room//n))), n)
             room -= self.found[kind][0]*n
 
+    @property
+    def keeps(self)->bool: "Whether any block keeps everything."; return any(keep for keep,_ in self.found.values())
+
     def less(self)->bool:
         "After a step that did not fit: a quarter of the blocks that kept everything no longer does. False: none did."
-        could = any(keep for keep,_ in self.found.values())
+        could = self.keeps
         for kind,(keep,n) in self.found.items(): self._keep(kind, keep*3//4, n)
         return could
 

@@ -458,12 +458,12 @@ def _pass(self:VisionTrainer, is_packed:bool):
         yield
 
 @patch
-def _loss_or_error(self:VisionTrainer, model, inputs, num_items_in_batch):
-    "The loss of a pass; torch.OutOfMemoryError itself, where blocks keep something that they need not."
+def _loss_or_error(self:VisionTrainer, model, inputs, num_items_in_batch, can_repeat:bool):
+    "The loss of a pass; torch.OutOfMemoryError itself, once fewer blocks keep what they need not."
     try:
         with self._pass('row_bounds' in inputs): return Trainer.training_step(self, model, inputs, num_items_in_batch)
     except torch.OutOfMemoryError as e:
-        if not (self.can_repeat and any(l['keep all'] for l in self.kept)): raise torch.OutOfMemoryError(memory_advice(inputs, self.args, family_for(model))) from e
+        if not (can_repeat and self.recompute.less()): raise torch.OutOfMemoryError(memory_advice(inputs, self.args, family_for(model))) from e
     return torch.OutOfMemoryError                                             # outside of `except`: the error holds the tensors of the pass
 
 @patch
@@ -480,9 +480,9 @@ def training_step(self:VisionTrainer, model, inputs, num_items_in_batch=None):
     self._tokens = self._tokens + n
     settles = self.compiling.begin((self.state.max_steps-self.state.global_step)*self.args.gradient_accumulation_steps, self.budget.seconds_left() if self.budget else math.inf) and self.recompute   # a pass that shows what blocks keep: the first, and the first that is compiled
     if settles: self.recompute.watch()
-    before = SavedGradients(model.parameters()) if self.kept and self.can_repeat else None
-    while (loss := self._loss_or_error(model, inputs, num_items_in_batch)) is torch.OutOfMemoryError:
-        self.recompute.less(); before.put_back(); torch.cuda.empty_cache()
+    before = SavedGradients(model.parameters()) if self.can_repeat and self.recompute and self.recompute.keeps else None
+    while (loss := self._loss_or_error(model, inputs, num_items_in_batch, before is not None)) is torch.OutOfMemoryError:
+        before.put_back(); torch.cuda.empty_cache()
         logging.getLogger('vlm_ft').warning(f"A pass of {int(n):,} tokens did not fit; {sum(l['keep all'] for l in self.kept)} blocks keep what they compute from here on, and it is made again.")
     self.compiling.end()
     if settles: self.recompute.settle(self.most/int(n) if self.most else 2.)
