@@ -93,7 +93,6 @@ def work(a):
     import torch
     from transformers import TrainerCallback
     gpu = torch.cuda.is_available()
-    if many['gib']: torch.cuda.set_per_process_memory_fraction(min(1., many['gib']*2**30/torch.cuda.get_device_properties(0).total_memory))
     now = lambda: (torch.cuda.synchronize() if gpu else None, time.perf_counter())[1]
     def peak():
         if gpu: return dict(peak_gib=torch.cuda.max_memory_reserved()/2**30, allocated_gib=torch.cuda.max_memory_allocated()/2**30)
@@ -115,7 +114,8 @@ def work(a):
             say.write(json.dumps({**figures, **peak(), **({'kept':trainer.kept} if a.worker=='ours' else {})})+'\n'); say.flush()   # kept: blocks that are not run again
             if sys.stdin.readline().strip()!='go': control.should_training_stop = True; return
             self.until = self.seen+1+many['steps']
-    trainer = load(a)
+    trainer = load(a)                                                         # sets how the GPU's memory is taken; a limit before it would have begun to take some
+    if many['gib']: torch.cuda.set_per_process_memory_fraction(min(1., many['gib']*2**30/torch.cuda.get_device_properties(0).total_memory))
     trainer.add_callback(Turns())
     trainer.train()
 

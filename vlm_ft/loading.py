@@ -397,9 +397,9 @@ def from_pretrained(
 )->tuple:                      # (model, processor)
     "Load a checkpoint, or an adapter on its base; what can be checked is checked before weights are read."
     refuse_extras(extras, inspect.signature(from_pretrained).parameters, 'from_pretrained', _ELSEWHERE)
+    let_segments_grow()                                                       # before anything asks the GPU
     bits,dtype = wanted_bits(load_in_4bit, load_in_8bit, load_in_16bit, full_finetuning, dtype),wanted_dtype(dtype)
     place = wanted_place(device, device_map)
-    let_segments_grow()
     check_checkpointing(use_gradient_checkpointing); check_pixels(min_pixels=min_pixels, **max_pixels if isinstance(max_pixels, dict) else dict(max_pixels=max_pixels))
     source = find(model_name, token, revision, trust_remote_code)
     if full_finetuning and source.adapter: raise ValueError(f"full_finetuning=True trains whole weights, and {model_name} is an adapter.\nTry: merge it first, or leave full_finetuning out.")

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 from .features import free_gib
-from .models.family import base_of, table
+from .models.family import base_of, family_for, table
 
 # %% ../nbs/recompute.ipynb #dabe5b9d
 def kinds_of_blocks(
@@ -28,11 +28,12 @@ def kinds_of_blocks(
 class Kept:
     "Bytes that one block keeps for its backward pass, seen while it runs; the block is not run again meanwhile."
     def __init__(self, block, apart:set): # apart: storages that do not count
-        self.n_bytes,self.seen,self.block = 0,set(apart),block
+        self.n_bytes,self.seen,self.block,self.ran = 0,set(apart),block,False
         self.hooks = [block.register_forward_pre_hook(self._enter), block.register_forward_hook(self._leave)]
         block.gradient_checkpointing = False
 
     def _enter(self, block, args):
+        self.ran = True
         self.watch = torch.autograd.graph.saved_tensors_hooks(self._note, lambda t: t)
         self.watch.__enter__()
 
@@ -50,58 +51,82 @@ class Kept:
 
 # %% ../nbs/recompute.ipynb #67d0e44d
 class Recompute:
-    "Decides after a step which blocks keep what they compute."
+    "Decides before each step which blocks keep what they compute."
     def __init__(self, model, gib=None): # gib: memory for what blocks keep; None: what is free
-        self.model,self.gib,self.kinds,self.found = model,gib,kinds_of_blocks(model),{}   # found: kind -> [blocks that keep everything, bytes of each]
+        self.model,self.gib,self.kinds,self.share = model,gib,kinds_of_blocks(model),1.   # share: of the room that is used
+        self.vision = {kind for kind in self.kinds if kind[0].startswith(family_for(model).vision)}
+        self.pictured = set(self.vision)                  # kinds that do not run without a picture
+        self.found,self.fewest,self.rates,self.seen = {},{},{},set()   # found: kind -> [blocks that keep everything, bytes of each]; fewest: of any step; rates: bytes a token or number; seen: kinds
 
-    def watch(self):
+    def _size(self, kind, batch:dict)->int:
+        "What the work of a block grows with: numbers of pictures in the tower, tokens elsewhere."
+        if kind in self.pictured and 'pixel_values' not in batch: return 0
+        return batch['pixel_values' if kind in self.vision else 'input_ids'].numel()
+
+    def unseen(self, batch:dict)->bool:
+        "Whether a kind of block will run that has not been watched."
+        return self.gib!=0 and any(kind not in self.seen and self._size(kind, batch) for kind in self.kinds)
+
+    def watch(self, batch:dict):
         "Before a step that shows what one block of each kind keeps; all others are run again in it, or the step would show what they keep."
         for b in itertools.chain(*self.kinds.values()): b.gradient_checkpointing = True
         apart = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
-        self.kept,self.found = {kind: Kept(blocks[0], apart) for kind,blocks in self.kinds.items()} if self.gib!=0 else {},{}
-        self.still = _used(self.model.device)
+        self.kept,self.found,self.fewest,self.rates = {kind: Kept(blocks[0], apart) for kind,blocks in self.kinds.items()} if self.gib!=0 else {},{},{},{}
+        self.size = self.watched = {kind: self._size(kind, batch) for kind in self.kinds}
+        self.pictures,self.still = 'pixel_values' in batch,_used(self.model.device, reset=True)
 
-    def settle(self,
-        larger:float=1., # a large step, in tokens, over that one
-    ):
+    def settle(self):
         "After that step."
-        need = {kind: k.close()*larger for kind,k in self.kept.items()}
-        room = _room(self.model.device, self.still, larger) if self.gib is None else self.gib*2**30
-        for kind,n in sorted(need.items(), key=lambda x: x[1]):
+        for kind,k in self.kept.items():
+            n,size = k.close(),self.watched[kind]
+            if k.ran: self.rates[kind] = n/size
+            else: self.kinds[kind][0].gradient_checkpointing = True
+            if k.ran or self.pictures: self.seen.add(kind)
+            else: self.pictured.add(kind); self.seen.discard(kind)
+        self.most,self.working = _most(self.model.device),_peak(self.model.device)-self.still
+        self._spread()
+
+    def fit(self, batch:dict):
+        "Before any other step: as many blocks as there is room for in it."
+        self.size,self.still = {kind: self._size(kind, batch) for kind in self.kinds},_used(self.model.device)
+        self._spread()
+
+    def _spread(self):
+        larger = max((self.size[kind]/n for kind,n in self.watched.items() if n), default=1.)
+        self.room = room = self.share*(self.most-self.still-self.working*larger if self.gib is None else self.gib*2**30)
+        for kind,n in sorted(((kind, rate*self.size[kind]) for kind,rate in self.rates.items()), key=lambda x: x[1]):
             blocks = self.kinds[kind]
-            self._keep(kind, len(blocks) if not n else max(0, min(len(blocks), int(room//n))), n)
-            room -= self.found[kind][0]*n
+            keep = len(blocks) if not n else max(0, min(len(blocks), int(room//n)))
+            for i,b in enumerate(blocks): b.gradient_checkpointing = i<len(blocks)-keep
+            self.found[kind],self.fewest[kind] = [keep, n],min(keep, self.fewest.get(kind, keep))
+            room -= keep*n
 
     @property
-    def keeps(self)->bool: "Whether any block keeps everything."; return any(keep for keep,_ in self.found.values())
+    def keeps(self)->int: "Blocks that keep what could be computed again."; return sum(keep for keep,n in self.found.values() if n)
 
     def less(self)->bool:
-        "After a step that did not fit: a quarter of the blocks that kept everything no longer does. False: none did."
-        could = self.keeps
-        for kind,(keep,n) in self.found.items(): self._keep(kind, keep*3//4, n)
-        return could
-
-    def _keep(self, kind, keep:int, n:float):
-        self.found[kind] = [keep, n]
-        blocks = self.kinds[kind]
-        for i,b in enumerate(blocks): b.gradient_checkpointing = i<len(blocks)-keep
+        "After a step that did not fit: three quarters of what is kept, and fewer blocks in any case. False: none kept anything."
+        if not (before := self.keeps): return False
+        while self.keeps==before: self.share *= .75*min(1., sum(keep*n for keep,n in self.found.values())/self.room); self._spread()
+        return True
 
     def lines(self)->list[dict]:
-        "For `table`: kind, blocks, those that keep everything, MiB of each in a large step."
-        return [{'blocks':kind[0], 'of':len(self.kinds[kind]), 'keep all':keep, 'MiB each':n/2**20} for kind,(keep,n) in self.found.items()]
+        "For `table`: kind, blocks, those that keep everything in the last step and in the one with the fewest, MiB of each in the last."
+        return [{'blocks':kind[0], 'of':len(self.kinds[kind]), 'keep all':keep, 'fewest':self.fewest[kind], 'MiB each':n/2**20} for kind,(keep,n) in self.found.items()]
 
-def _used(device)->int:
-    "Bytes in use between steps; the peak starts anew."
+def _used(device, reset:bool=False)->int:
+    "Bytes in use between steps; with `reset` the peak starts anew."
     if device.type!='cuda': return 0
-    torch.cuda.reset_peak_memory_stats(device)
+    if reset: torch.cuda.reset_peak_memory_stats(device)
     return torch.cuda.memory_allocated(device)
 
-def _room(device, still:int, larger:float)->float:
-    "Bytes that blocks may keep: nine tenths of a GPU, or of the share of it that the process was given, without what a large checkpointed step takes; half of what is free elsewhere."
+def _peak(device)->int: return torch.cuda.max_memory_allocated(device) if device.type=='cuda' else 0
+
+def _most(device)->float:
+    "Bytes that a step may take: nine tenths of a GPU, or of the share of it that the process was given; elsewhere half of what is free."
     if device.type!='cuda': return free_gib()*2**30/2
     free,total = torch.cuda.mem_get_info(device)
-    ours = torch.cuda.memory_reserved(device)
-    return .9*min(free+ours, total*torch.cuda.get_per_process_memory_fraction(device)) - still - (torch.cuda.max_memory_allocated(device)-still)*larger
+    return .9*min(free+torch.cuda.memory_reserved(device), total*torch.cuda.get_per_process_memory_fraction(device))
 
 # %% ../nbs/recompute.ipynb #6414ce4b
 class SavedGradients:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['check_model', 'check_args', 'checkpoint_bytes', 'check_room', 'held_out', 'StepLines', 'History', 'EvalByGeneration',
-           'as_rows', 'check_dataset', 'tokens_of_a_large_pass', 'row_of', 'processor_of', 'Numbered', 'RowNotes',
-           'VisionTrainer', 'LengthGroups', 'TokenBatches', 'memory_advice', 'TimeBudget', 'same_rng',
-           'find_checkpoint', 'saved_shapes', 'check_checkpoint', 'check_unfinished', 'own_shapes', 'load_whole']
+           'as_rows', 'check_dataset', 'row_of', 'processor_of', 'Numbered', 'RowNotes', 'VisionTrainer',
+           'LengthGroups', 'TokenBatches', 'memory_advice', 'TimeBudget', 'same_rng', 'find_checkpoint', 'saved_shapes',
+           'check_checkpoint', 'check_unfinished', 'own_shapes', 'load_whole']
 
 # %% ../nbs/04_training.ipynb #78fa904c
 import copy,gc,inspect,itertools,json,logging,math,random,shutil,tempfile,time
@@ -210,14 +210,6 @@ def check_dataset(rows, collator):
     if not len(rows): raise ValueError("There are no rows to train or evaluate on.\nFound: an empty dataset.")
     return collator.check(rows)
 
-def tokens_of_a_large_pass(
-    mean:float, # tokens of a row
-    longest:int,
-    rows:int,   # of a pass
-)->float:
-    "Four times its spread above the mean, where that of rows is half their mean; at most as many rows of the longest kind."
-    return min(rows*longest, rows*mean+4*rows**.5*mean/2)
-
 def row_of(collator):
     "How the collator makes a row of an example."
     return getattr(collator, 'row', lambda example: example)
@@ -288,8 +280,7 @@ class VisionTrainer(Trainer):
         check_model(model, args.fp16)
         check_args(args, self._measured(eval_dataset, data_collator))
         check_room(args.output_dir, 0 if args.save_strategy=='no' else checkpoint_bytes(model))
-        checked,_ = (check_dataset(data, data_collator) for data in (train_dataset, eval_dataset))
-        tokens = next((l for l in checked or () if l['per row']=='tokens, text and image'), None)
+        for data in (train_dataset, eval_dataset): check_dataset(data, data_collator)
         args.gradient_checkpointing = bool(args.gradient_checkpointing and getattr(base_of(model), 'gradient_checkpointing_wanted', True))
         keep_inputs_frozen(model)
         super().__init__(model=model, args=args, data_collator=data_collator, train_dataset=train_dataset, eval_dataset=eval_dataset,
@@ -302,8 +293,6 @@ class VisionTrainer(Trainer):
         self.packs = bool(getattr(args, 'packing', True)) and isinstance(data_collator, VisionDataCollator) and self.compute_loss_func is None and args.world_size==1
         self.passes = self._passes(args.tokens_per_pass) if getattr(args, 'tokens_per_pass', None) else None
         self.can_repeat = hasattr(model, 'peft_config')                   # a pass: an adapter's gradients are small enough for a copy
-        large = tokens_of_a_large_pass if self.can_repeat else lambda mean, longest, rows: longest*rows
-        self.most = args.tokens_per_pass if self.passes else tokens and large(tokens['sum']/checked[0]['sum'], tokens['max'], args.per_device_train_batch_size)   # None: not known
         self.recompute = Recompute(model, getattr(args, 'activation_gib', None)) if args.gradient_checkpointing else None
         self.aside = InputsAside(model) if self.recompute and self.recompute.gib==0 and model.device.type=='cuda' else nullcontext()
         self.compiling = Compiling(getattr(args, 'compile_blocks', None), model.device)
@@ -478,14 +467,16 @@ def training_step(self:VisionTrainer, model, inputs, num_items_in_batch=None):
     if first: self._mark,self._waited = time.monotonic(),0.
     n = inputs['attention_mask'].sum() if 'attention_mask' in inputs else inputs['input_ids'].numel()
     self._tokens = self._tokens + n
-    settles = self.compiling.begin((self.state.max_steps-self.state.global_step)*self.args.gradient_accumulation_steps, self.budget.seconds_left() if self.budget else math.inf) and self.recompute   # a pass that shows what blocks keep: the first, and the first that is compiled
-    if settles: self.recompute.watch()
+    new = self.compiling.begin((self.state.max_steps-self.state.global_step)*self.args.gradient_accumulation_steps, self.budget.seconds_left() if self.budget else math.inf)
+    settles = self.recompute and (new or self.recompute.unseen(inputs))       # a pass that shows what blocks keep: the first, and the first that is compiled, or that has pictures
+    if settles: self.recompute.watch(inputs)
+    elif self.recompute: self.recompute.fit(inputs)
     before = SavedGradients(model.parameters()) if self.can_repeat and self.recompute and self.recompute.keeps else None
     while (loss := self._loss_or_error(model, inputs, num_items_in_batch, before is not None)) is torch.OutOfMemoryError:
         before.put_back(); torch.cuda.empty_cache()
-        logging.getLogger('vlm_ft').warning(f"A pass of {int(n):,} tokens did not fit; {sum(l['keep all'] for l in self.kept)} blocks keep what they compute from here on, and it is made again.")
+        logging.getLogger('vlm_ft').warning(f"A pass of {int(n):,} tokens did not fit; it is made again with {self.recompute.keeps} blocks that keep what they compute, and from here on they have as much less room.")
     self.compiling.end()
-    if settles: self.recompute.settle(self.most/int(n) if self.most else 2.)
+    if settles: self.recompute.settle()
     return loss
 
 @patch
