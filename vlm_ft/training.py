@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['check_model', 'check_args', 'checkpoint_bytes', 'check_room', 'held_out', 'StepLines', 'History', 'EvalByGeneration',
            'as_rows', 'check_dataset', 'row_of', 'processor_of', 'Numbered', 'RowNotes', 'VisionTrainer',
-           'LengthGroups', 'TokenBatches', 'memory_advice', 'TimeBudget', 'same_rng', 'find_checkpoint', 'saved_shapes',
-           'check_checkpoint', 'check_unfinished', 'own_shapes', 'load_whole']
+           'LengthGroups', 'TokenBatches', 'InTraining', 'memory_advice', 'TimeBudget', 'same_rng', 'find_checkpoint',
+           'saved_shapes', 'check_checkpoint', 'check_unfinished', 'own_shapes', 'load_whole']
 
 # %% ../nbs/04_training.ipynb #78fa904c
 import copy,gc,inspect,itertools,json,logging,math,random,shutil,tempfile,time
@@ -290,6 +290,7 @@ class VisionTrainer(Trainer):
         self.augment,self.left_out = augment,{}                # row number -> why it was left out
         self.add_callback(RowNotes(self))
         self._tokens,self._mark,self._paused,self._waited = 0,None,0.,0.  # since the last log: tokens read; its time; seconds of evaluation, and of waiting for rows
+        self._ops_a_token = None                                              # known after the first step
         self.packs = bool(getattr(args, 'packing', True)) and isinstance(data_collator, VisionDataCollator) and self.compute_loss_func is None and args.world_size==1
         self.passes = self._passes(args.tokens_per_pass) if getattr(args, 'tokens_per_pass', None) else None
         self.can_repeat = hasattr(model, 'peft_config')                   # a pass: an adapter's gradients are small enough for a copy
@@ -390,6 +391,28 @@ def _get_train_sampler(self:VisionTrainer, train_dataset=None):
     if self.args.train_sampling_strategy!='group_by_length' or not hasattr(data, '__len__'): return Trainer._get_train_sampler(self, train_dataset)
     return LengthGroups(self._lengths(data), self.args.train_batch_size, self.args.seed if self.args.data_seed is None else self.args.data_seed)
 
+# %% ../nbs/04_training.ipynb #1d7e7ec3
+class InTraining:
+    "Stands for a model in training mode where `Trainer` would put it there again."
+    def __init__(self, model): self.model = model
+
+    def train(self): return self
+
+@patch
+def floating_point_ops(self:VisionTrainer, inputs):
+    "Transformers' estimate, six a token and parameter; the parameters are counted once."
+    if 'input_ids' not in inputs: return 0
+    if self._ops_a_token is None: self._ops_a_token = Trainer.floating_point_ops(self, dict(input_ids=inputs['input_ids'][:1,:1]))
+    return self._ops_a_token*inputs['input_ids'].numel()
+
+@patch
+def _trained(self:VisionTrainer)->list: "The parameters that the optimizer has."; return [p for group in self.optimizer.param_groups for p in group['params']]
+
+@patch
+def _clip_grad_norm(self:VisionTrainer, model):
+    "Transformers' clipping, of the parameters that train."
+    return Trainer._clip_grad_norm(self, model) if self.args.world_size>1 else self.accelerator.clip_grad_norm_(self._trained(), self.args.max_grad_norm)
+
 # %% ../nbs/04_training.ipynb #4a55f871
 @patch
 def get_train_dataloader(self:VisionTrainer):
@@ -406,6 +429,7 @@ def get_train_dataloader(self:VisionTrainer):
 @patch
 def compute_loss(self:VisionTrainer, model, inputs, return_outputs=False, num_items_in_batch=None):
     "Transformers' loss; of a packed batch, ours."
+    if isinstance(model, InTraining): model = model.model
     if 'row_bounds' not in inputs: return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
     with self.accelerator.autocast():                                        # a model's own forward() would enter it; ours calls what is beneath
         if self.features: inputs = with_features(model, inputs, family_for(model), self.features)
@@ -450,7 +474,8 @@ def _pass(self:VisionTrainer, is_packed:bool):
 def _loss_or_error(self:VisionTrainer, model, inputs, num_items_in_batch, can_repeat:bool):
     "The loss of a pass; torch.OutOfMemoryError itself, once fewer blocks keep what they need not."
     try:
-        with self._pass('row_bounds' in inputs): return Trainer.training_step(self, model, inputs, num_items_in_batch)
+        trains = model is self.model and model.training and base_of(model).training
+        with self._pass('row_bounds' in inputs): return Trainer.training_step(self, InTraining(model) if trains else model, inputs, num_items_in_batch)
     except torch.OutOfMemoryError as e:
         if not (can_repeat and self.recompute.less()): raise torch.OutOfMemoryError(memory_advice(inputs, self.args, family_for(model))) from e
     return torch.OutOfMemoryError                                             # outside of `except`: the error holds the tensors of the pass
@@ -471,7 +496,7 @@ def training_step(self:VisionTrainer, model, inputs, num_items_in_batch=None):
     settles = self.recompute and (new or self.recompute.unseen(inputs))       # a pass that shows what blocks keep: the first, and the first that is compiled, or that has pictures
     if settles: self.recompute.watch(inputs)
     elif self.recompute: self.recompute.fit(inputs)
-    before = SavedGradients(model.parameters()) if self.can_repeat and self.recompute and self.recompute.keeps else None
+    before = SavedGradients(self._trained()) if self.can_repeat and self.recompute and self.recompute.keeps else None
     while (loss := self._loss_or_error(model, inputs, num_items_in_batch, before is not None)) is torch.OutOfMemoryError:
         before.put_back(); torch.cuda.empty_cache()
         logging.getLogger('vlm_ft').warning(f"A pass of {int(n):,} tokens did not fit; it is made again with {self.recompute.keeps} blocks that keep what they compute, and from here on they have as much less room.")

@@ -94,7 +94,7 @@ class FusedLora(Linear):
         "Whether one adapter of the simplest kind stands over a frozen layer, in one dtype."
         base = self.get_base_layer()
         return (name in self.lora_A and name not in self.lora_variant and not self.lora_bias[name] and isinstance(self.lora_dropout[name], torch.nn.Identity)
-                and not any(p.requires_grad for p in base.parameters()) and not (self.disable_adapters or self.merged)
+                and not (base.weight.requires_grad or base.bias is not None and base.bias.requires_grad or self.disable_adapters or self.merged)
                 and (x.dtype==self.lora_A[name].weight.dtype==base.weight.dtype or torch.is_autocast_enabled(x.device.type)))
 
     def forward(self, x, *args, **kwargs):
