@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 
 from common import checkpoint
-from speed import drawn_pages, rows_of
+from speed import drawn_pages
 from ten_minutes import TASKS, read_set
 from vlm_ft.demo import BASE, room_for_answers, tune
 from vlm_ft.evaluation.precision import PRECISIONS, compare_precisions, plot_precisions
 from vlm_ft.merging import FastVisionModel
 from vlm_ft.models.family import table
+from vlm_ft.readers import load_rows
 
 PIXELS,BATCH = {'ocr_lines_fraktur':28672, 'receipts':196608},{'receipts':4}  # of a picture; rows a step
 
@@ -26,8 +27,7 @@ def costs(a)->list:
     "What a model of a published size weighs and how fast it answers, in each precision."
     with tempfile.TemporaryDirectory() as tmp:
         drawn_pages(Path(tmp), a.limit or 32)
-        rows = [{'messages':[{'role':'user', 'content':[{'type':'image', 'image':r['image']}, {'type':'text', 'text':r['question']}]}, {'role':'assistant', 'content':r['answer']}], 'task':'ocr'} for r in rows_of(tmp, a.limit or 32)]
-        found = compare_precisions(checkpoint(a.arch, a.folder), rows, bits=a.precisions, batch_size=32, max_new_tokens=64, say=lambda line: print(line, flush=True))
+        found = compare_precisions(checkpoint(a.arch, a.folder), load_rows(f'{tmp}/train.jsonl'), bits=a.precisions, batch_size=32, max_new_tokens=64, say=lambda line: print(line, flush=True))
     return [{k:line[k] for k in COSTS} for line in found]
 
 def main():

@@ -78,8 +78,8 @@ class Recompute:
     def settle(self):
         "After that step."
         for kind,k in self.kept.items():
-            n,size = k.close(),self.watched[kind]
-            if k.ran: self.rates[kind] = n/size
+            n = k.close()
+            if k.ran: self.rates[kind] = n/self.watched[kind]
             else: self.kinds[kind][0].gradient_checkpointing = True
             if k.ran or self.pictures: self.seen.add(kind)
             else: self.pictured.add(kind); self.seen.discard(kind)
