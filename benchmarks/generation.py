@@ -4,7 +4,8 @@
     python benchmarks/generation.py --model MODEL --data test.jsonl --max-pixels 262144 --max-new-tokens 256
     python benchmarks/generation.py --architecture Qwen2-VL-2B --stop-spread 16 200   # random weights of that size: speed and memory, on a GPU
 
-Every way gets the same encoded prompts, greedy, and the median of --repeats runs in turns. `generate` gets its rows sorted by length and padded on the left; its batch sizes are tried up to --batch, doubling.
+Every way gets the same encoded prompts, greedy, and the median of --repeats runs in turns. `generate` gets its rows sorted by length and padded on the left; what is written one row at a time may be
+a part of them (--alone), since its rows/s do not depend on how many there are.
 Random weights do not stop by themselves: with --stop-spread each answer ends at a length drawn evenly from that range, for all ways alike.
 """
 import argparse, json, random, statistics, time
@@ -55,9 +56,9 @@ class EndsAt(StoppingCriteria):
 class WriterToLength(Writer):
     "A writer whose rows end at lengths of their own."
     lengths = None
-    def _take(self, hidden, rows):
+    def _take(self, logits, rows):
         most,self.stops = self.most,set()
-        for r,t in zip(rows, self.sampling(self.model.lm_head(hidden), [None]*len(rows)).tolist()): r.ids.append(t)
+        for r,t in zip(rows, self.sampling(logits, [None]*len(rows)).tolist()): r.ids.append(t)
         ended = [i for i,r in enumerate(self.rows) if len(r.ids)>=min(most, self.lengths[r.number])]
         out = [self.rows[i] for i in ended]
         if ended: self.rows = [self.rows[i] for i in self.slots.leave(ended)]
@@ -94,7 +95,8 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('--model', default=str(BASE), help='folder or hub id'); ap.add_argument('--architecture', choices=('Qwen2-VL-2B',), help='random weights of this shape, instead of --model')
     ap.add_argument('--data', help='a .jsonl file; the default is lines drawn here'); ap.add_argument('--limit', type=int, default=96, help='rows, drawn evenly')
-    ap.add_argument('--max-pixels', type=int); ap.add_argument('--max-new-tokens', type=int, default=128); ap.add_argument('--batch', type=int, default=64, help='the largest batch that is tried')
+    ap.add_argument('--max-pixels', type=int); ap.add_argument('--max-new-tokens', type=int, default=128); ap.add_argument('--batches', type=int, nargs='+', default=[8,16,32,64], help='rows at a time that are tried')
+    ap.add_argument('--alone', type=int, help='rows that are written one at a time, spread evenly; all unless told')
     ap.add_argument('--repeats', type=int, default=3); ap.add_argument('--dtype', default='float32' if not torch.cuda.is_available() else 'bfloat16'); ap.add_argument('--out', type=Path, help='append the figures to this .jsonl file')
     ap.add_argument('--stop-spread', type=int, nargs=2, metavar=('LEAST','MOST'), help='answers end at lengths drawn from this range')
     a = ap.parse_args()
@@ -107,21 +109,24 @@ def main():
     stops,rng = set(stop_ids(base, processor.tokenizer, family)),random.Random(1)
     lengths = [rng.randint(*a.stop_spread) for _ in rows] if a.stop_spread else None
     if lengths: a.max_new_tokens = a.stop_spread[1]
-    sizes = [2**k for k in range(3, a.batch.bit_length())]
-    ways = {('generate',1):generated, **{('generate',b):generated for b in sizes}, **{('vlm_ft',b):written for b in sizes}}
+    n_alone = min(a.alone or len(rows), len(rows))
+    some = [i*len(rows)//n_alone for i in range(n_alone)]
+    ways = {('generate',1):generated, **{('generate',b):generated for b in a.batches}, **{('vlm_ft',b):written for b in a.batches}}
     runs,answers,peak = {w:[] for w in ways},{},{}
     few = features[:2]
     for w,f in ways.items(): f(base, family, few, stops, 4, w[1], [4]*2 if lengths else None)             # warm up
     for _ in range(a.repeats):
         for w,f in ways.items():
-            answers[w],seconds,peak[w] = timed(lambda f=f, w=w: f(base, family, features, stops, a.max_new_tokens, w[1], lengths), device)
-            runs[w].append(len(rows)/seconds)
+            which = some if w[1]==1 else range(len(rows))
+            mine,ends = [features[i] for i in which],lengths and [lengths[i] for i in which]
+            ids,seconds,peak[w] = timed(lambda f=f, w=w, mine=mine, ends=ends: f(base, family, mine, stops, a.max_new_tokens, w[1], ends), device)
+            answers[w] = dict(zip(which, ids)); runs[w].append(len(mine)/seconds)
             print(f"{w[0]} {w[1]}: {runs[w][-1]:.2f} rows/s", flush=True)
     speed = {w:statistics.median(r) for w,r in runs.items()}
     best = {who:max((w for w in speed if w[0]==who), key=speed.get) for who in ('generate','vlm_ft')}
     one = speed['generate',1]
-    lines = [dict(who=w[0], rows_at_a_time=w[1], rows_per_s=speed[w], times_one_by_one=speed[w]/one, same_answers=sum(x==y for x,y in zip(answers[w], answers['generate',1])), **({'peak_gib':peak[w]} if peak[w] else {})) for w in ways]
-    ids = answers['generate',1]
+    lines = [dict(who=w[0], rows_at_a_time=w[1], rows_per_s=speed[w], times_one_by_one=speed[w]/one, same_answers=f"{sum(answers[w][i]==ids for i,ids in answers['generate',1].items())} of {len(some)}", **({'peak_gib':peak[w]} if peak[w] else {})) for w in ways]
+    ids = answers['generate',a.batches[0]].values()
     print(f"\n{len(rows)} rows, prompts of {len(features[-1]['input_ids'])} to {len(features[0]['input_ids'])} tokens, answers of {min(map(len, ids))} to {max(map(len, ids))} (mean {statistics.mean(map(len, ids)):.0f}); "
           f"{torch.cuda.get_device_name() if device.type=='cuda' else f'CPU, {torch.get_num_threads()} threads'}, {str(base.dtype).removeprefix('torch.')}")
     print(table(lines))

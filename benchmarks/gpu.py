@@ -24,7 +24,7 @@ RUNS = {
     'cached 2b':            speed('qwen2vl-2b', '2b')+'ours --rows 16 --vision-frozen --cached --n 64',
     'llama 11b':            speed('llama32-11b', '11b')+'ours unsloth --rows 8',
     'pixtral 12b':          speed('pixtral-12b', '12b')+'ours unsloth --rows 8',
-    'generation 2b':        'generation.py --architecture Qwen2-VL-2B --out {out}/generation.json',
+    'generation 2b':        'generation.py --architecture Qwen2-VL-2B --stop-spread 8 64 --limit 192 --alone 16 --batches 64 128 --out {out}/generation.json',
     'precisions 2b':        'precisions.py --arch qwen2vl-2b --folder {checkpoints} --out {out} --precisions 16 8 nf4 nf4+vision',
     'sweep 2b':             'sweep.py --arch qwen2vl-2b --folder {checkpoints} --checkpointing --out {out}/sweep.jsonl --plot {out}/sweep.png',
 }

@@ -3,6 +3,7 @@ import copy
 from contextlib import nullcontext
 import pytest, torch, torch.nn.functional as F
 from vlm_ft.data import encode
+from vlm_ft.evaluation.decoding import Writer, at_work
 from vlm_ft.kernels.attention import has_flash_attention_4
 from vlm_ft.kernels.compiled import BlockGraphs
 from vlm_ft.loading import for_training
@@ -106,6 +107,19 @@ def test_inputs_aside_take_less_memory():
         return n
     step(model, family, batch, torch.bfloat16)
     assert kept(InputsAside(model, least=2**12))<.8*kept(nullcontext())
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_recorded_steps_answer_as_steps_that_are_launched(name):
+    "In float32, rows that come and go; text rows beside rows with pictures."
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    model,processor = tiny(name)
+    model,family,answers = model.cuda(),family_for(model),[]
+    features = [encode(r, processor, family, prompt_only=True) for r in [{'messages':[{'role':'user','content':'No picture yet.'}]}, *rows(8)]]
+    for whole in (False, True):
+        writer = Writer(model, family, 4, max(len(f['input_ids']) for f in features)+140, set(range(0, 300, 37)), 140, whole=whole)
+        with at_work(model, family): answers.append(dict(writer.run(enumerate(features), refill=.5)))
+    assert answers[0]==answers[1] and len({len(ids) for ids in answers[0].values()})>1
+    assert writer.recorded.fails is None and writer.recorded.takes
 
 @pytest.mark.parametrize('heads,size', (((16,16),80), ((12,2),128), ((16,16),64)))
 @pytest.mark.parametrize('causal', (True, False))
