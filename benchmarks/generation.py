@@ -71,7 +71,7 @@ def generated(model, family, features, stops, n, batch_size, lengths):
         batch = to_device({k:v for k,v in pad_batch(features[lo:lo+batch_size], family, 0, side='left').items() if k!='labels'}, model)
         start = batch['input_ids'].shape[1]
         ends = {} if lengths is None else dict(stopping_criteria=StoppingCriteriaList([EndsAt(lengths[lo:lo+batch_size], start)]))
-        with torch.no_grad(): ids = model.generate(**batch, **ends, generation_config=GenerationConfig(do_sample=False, max_new_tokens=n, eos_token_id=sorted(stops) if lengths is None else [-1], pad_token_id=0))
+        with torch.no_grad(): ids = model.generate(**batch, **ends, generation_config=GenerationConfig(do_sample=False, max_new_tokens=n, eos_token_id=sorted(stops) if lengths is None else [10**6], pad_token_id=0))
         for k,row in enumerate(ids[:, start:].tolist()):
             at = next((i for i,t in enumerate(row) if t in stops), n-1) if lengths is None else lengths[lo+k]-1
             out.append(row[:at+1])
