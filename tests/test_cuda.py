@@ -52,14 +52,15 @@ def plain(model, family, features):
 
 @pytest.mark.parametrize('name', FAMILIES)
 def test_float64_is_exact(name):
-    "Over weights in float64, so that what differs is not rounding; norms and rotary angles are float32 in transformers' own models."
+    """Over weights in float64, so that what differs is not rounding. Norms and rotary angles are float32 in transformers' own models, and a GPU rounds them in other places:
+    noise of 6e-8 in them alone, on the CPU, moves some gradients of Llama 3.2 Vision by 1e-5 of the largest."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False   # a convolution cuts pictures into patches
     model,processor,family = adapted(name)
     features,model = [encode(r, processor, family) for r in rows()],model.double()
     want,grads = plain(model, family, features)
     loss,ours = step(model.cuda(), family, pack_batch(features, family))
     assert abs(loss-want)<1e-5*want and grads.keys()==ours.keys()
-    for n in grads: assert (grads[n]-ours[n]).abs().max() <= 1e-5*grads[n].abs().max()+1e-9, n
+    for n in grads: assert (grads[n]-ours[n]).abs().max() <= 4e-5*grads[n].abs().max()+1e-9, n
 
 @pytest.mark.parametrize('name', FAMILIES)
 @pytest.mark.parametrize('weights', (torch.float32, torch.bfloat16))
