@@ -190,7 +190,7 @@ def looked_at(name, folder, **kwargs):
 def test_a_run_that_is_looked_at_is_the_same_run(name, tmp_path, capsys, monkeypatch):
     "Evaluation by loss and by generation, out of memory on the way, changes no loss and no weight."
     from vlm_ft.evaluation.decoding import Writer
-    from vlm_ft.training import EvalByGeneration
+    from vlm_ft.progress import EvalByGeneration
     ask = dict(eval_strategy='steps', eval_steps=1, per_device_eval_batch_size=2)
     plain,admit = looked_at(name, tmp_path),Writer.admit
     def room(self, numbers, features):

@@ -86,7 +86,8 @@ def train(a):
     from vlm_ft.models.family import table
     from vlm_ft.augmentation import DocumentAugmentation
     from vlm_ft.setup import VisionDataCollator, VisionTrainingArguments
-    from vlm_ft.training import VisionTrainer, find_checkpoint
+    from vlm_ft.resume import find_checkpoint
+    from vlm_ft.training import VisionTrainer
     from vlm_ft.merging import FastVisionModel
     from vlm_ft.splits import split_rows
     if (Path(a.out)/'config.json').exists(): raise ValueError(f"{a.out} holds a whole model, and an adapter would be mixed into it.\nTry: another --out.")
@@ -132,7 +133,7 @@ def train_options(p):
 def evaluate(a):
     "Read held-out rows with one model or several, score the answers with intervals, and say which is better."
     from vlm_ft.evaluation.compare import compare, named
-    from vlm_ft.training import check_room
+    from vlm_ft.preflight import check_room
     if a.limit is not None and a.limit<1: raise ValueError(f"--limit must be at least 1.\nFound: {a.limit}.")
     for path in a.report or ():
         if Path(path).suffix not in ('.html','.md','.png'): raise ValueError(f"--report writes .html, .md or .png.\nFound: {path}.")
@@ -199,7 +200,7 @@ def check(a):
     "Look at rows before training: what they hold, what is wrong, what to do; exits with 1 if training would refuse any."
     from vlm_ft.doctor_page import check_data
     from vlm_ft.mending import mend
-    from vlm_ft.training import check_room
+    from vlm_ft.preflight import check_room
     if a.report: check_room(Path(a.report).parent)
     if a.fix and Path(a.fix).exists(): raise FileExistsError(f"--fix writes a new folder.\nFound: {a.fix} exists.\nTry: another name.")
     rows,held = (source and opened_rows(a, source) for source in (a.rows, a.test))
