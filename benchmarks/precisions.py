@@ -13,7 +13,8 @@ import torch
 from common import checkpoint
 from speed import drawn_pages
 from ten_minutes import TASKS, read_set
-from vlm_ft.demo import BASE, room_for_answers, tune
+from vlm_ft.demo import BASE, tune
+from vlm_ft.evaluation.generation import room_for_answers
 from vlm_ft.evaluation.precision import PRECISIONS, compare_precisions, plot_precisions
 from vlm_ft.merging import FastVisionModel
 from vlm_ft.models.family import table

@@ -1,5 +1,6 @@
 "Each format from a small file written as its specification says, its way to OpenAI's form and back, rows in a trainer and its workers, and bytes that mean nothing."
 import json, pickle, subprocess, sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from vlm_ft.formats import FORMATS
 from vlm_ft.messages import DataError, image_size, open_image, to_messages
 from vlm_ft.models.tiny import drawn, tiny
 from vlm_ft.readers import load_rows
-from vlm_ft.rows import Rows
+from vlm_ft.rows import Rows, Table
 from vlm_ft.setup import VisionDataCollator, VisionTrainingArguments
 from vlm_ft.training import VisionTrainer
 from vlm_ft.writers import to_openai
@@ -135,6 +136,107 @@ def test_answers_that_are_not_there_are_named_by_row(tmp_path):
         assert [row for row,_ in e.value.problems]==[1,3]
     with pytest.raises(DataError) as e: load_rows(frame.to_dict('records'))
     assert [row for row,_ in e.value.problems]==[1,3]
+
+# --- what looks like something else
+
+def put(folder, *names):
+    "Drawn pictures in a folder and in folders below it."
+    for name in names: (folder/name).parent.mkdir(parents=True, exist_ok=True); drawn().save(folder/name)
+    return folder
+def answers(rows): return [row['messages'][1]['content'] for row in rows]
+
+def test_lines_in_a_folder_for_each_book(tmp_path, capsys):
+    put(tmp_path, 'book1/1.png', 'book1/2.png', 'book2/1.png', 'pages/1.png')
+    for name in ('book1/1','book1/2','book2/1'): (tmp_path/f'{name}.gt.txt').write_text(f'text of {name}\n')
+    rows = load_rows(tmp_path)
+    said = capsys.readouterr().out
+    assert 'read as gt.txt' in said and '1 folder of pictures without texts left out, such as pages' in said
+    assert [(a, r['group'], Path(pictures_of(r['messages'])[0]).relative_to(tmp_path).as_posix()) for a,r in zip(answers(rows), rows)]==[(f'text of {n}', n[:5], f'{n}.png') for n in ('book1/1','book1/2','book2/1')]
+
+@pytest.mark.parametrize('inside', ['metadata.csv','metadata.jsonl','metadata.parquet','gt.txt','classes'])
+def test_folders_of_splits_are_read_one_at_a_time(tmp_path, inside):
+    import pandas as pd
+    for split in ('train','test'):
+        if inside=='classes': put(tmp_path/split, f'{split} cat/a.png', f'{split} dog/a.png'); continue
+        folder,frame = put(tmp_path/split, 'a.png'),pd.DataFrame([{'file_name':'a.png','text':f'{split} cat'}])
+        if inside=='gt.txt': (folder/'a.gt.txt').write_text(f'{split} cat')
+        elif inside=='metadata.csv': frame.to_csv(folder/inside, index=False)
+        elif inside=='metadata.jsonl': frame.to_json(folder/inside, orient='records', lines=True)
+        else: frame.to_parquet(folder/inside)
+    with pytest.raises(ValueError) as e: load_rows(tmp_path)
+    assert f"Found: folders train, test.\nTry: load_rows('{tmp_path}:train')." in str(e.value)
+    assert answers(load_rows(f'{tmp_path}:test'))[0]==answers(load_rows(tmp_path/'test'))[0]=='test cat'
+
+def test_classes_may_be_named_as_a_split_if_one_says_so(tmp_path):
+    put(tmp_path, 'car/a.png', 'train/b.png')
+    with pytest.raises(ValueError, match="or format='classes'"): load_rows(tmp_path)
+    assert answers(load_rows(tmp_path, format='classes'))==['car','train']
+    (tmp_path/'car/metadata.csv').write_text('file_name,text\na.png,a red car\n'); (tmp_path/'train').rename(tmp_path/'bus')
+    with pytest.raises(ValueError, match='one of the folders in it'): load_rows(tmp_path)
+
+@pytest.mark.parametrize('suffix', ['.tsv','.csv'])
+def test_no_row_of_a_table_is_lost_to_a_quote(tmp_path, suffix):
+    path,sep = tmp_path/f'x{suffix}','\t' if suffix=='.tsv' else ','
+    path.write_text('\n'.join(f'q{sep}{cell}' for cell in ('answer','"Hello','"World','fine','"Yes" he said','5" pipe','"He said ""Yes""."','"never closed')).replace('q', 'question', 1))
+    with pytest.raises(DataError) as e: load_rows(path)
+    assert [row for row,_ in e.value.problems]==[0,2,5]
+    for (_,text),where in zip(e.value.problems, ('lines 2 to 3','line 5','line 8')): assert f'the row on {where} of x{suffix}' in text and 'a quote in it twice' in text, text
+    path.write_text('\n'.join(line for n,line in enumerate(path.read_text().split('\n')) if n not in (1,2,4,7)))
+    assert answers(load_rows(path))==['fine','5" pipe','He said "Yes".']
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text('",\n\r ab', max_size=40))
+def test_every_byte_of_a_table_stands_in_a_row(tmp_path, text):
+    path = tmp_path/'x.csv'
+    path.write_bytes(b'a,b\n'+text.encode())
+    rows,left = Table(path),path.read_bytes()
+    for start,end,_ in rows.places[::-1].tolist(): left = left[:start]+left[end:]
+    assert left.rstrip(b'\r\n')==b'a,b', left
+    for i in range(len(rows)): only_said(partial(rows.__getitem__, i))
+
+def test_a_dataset_as_it_was_downloaded(tmp_path, capsys):
+    from datasets import Dataset
+    (tmp_path/'data').mkdir(); (tmp_path/'README.md').write_text('---\nlicense: mit\n---\n')
+    for name,words in (('train-00001-of-00002',('c','d')), ('train-00000-of-00002',('a','b')), ('test-00000-of-00001',('e',))):
+        Dataset.from_list([{'image':drawn(),'question':'q','answer':w} for w in words]).to_parquet(tmp_path/f'data/{name}.parquet')
+    for folder in (tmp_path, tmp_path/'data'):
+        rows = load_rows(f'{folder}:train')
+        assert answers(rows)==['a','b','c','d'] and open_image(pictures_of(rows[3]['messages'])[0]).tobytes()==open_image(drawn()).tobytes()
+        assert answers(load_rows(f'{folder}:test'))==['e'] and answers(load_rows(f'{folder}:train[:50%]'))==['a','b']
+        with pytest.raises(ValueError, match='several splits.\nFound: test, train'): load_rows(folder)
+    assert 'data: 4 rows, read as rows' in capsys.readouterr().out
+    (tmp_path/'data/test-00000-of-00001.parquet').unlink()
+    assert answers(load_rows(tmp_path))==['a','b','c','d']
+    Dataset.from_list([{'question':'q','answer':'f'}]).to_parquet(tmp_path/'data/dev-00001-of-00003.parquet')                # a split that is broken keeps no other from being read
+    assert answers(load_rows(f'{tmp_path}:train'))==['a','b','c','d']
+    (tmp_path/'data/dev-00001-of-00003.parquet').rename(tmp_path/'data/train-00000-of-00001.parquet')
+    with pytest.raises(ValueError, match='3 files where 1 make the split'): load_rows(tmp_path)
+    for name in ('train-00000-of-00001','train-00001-of-00002'): (tmp_path/f'data/{name}.parquet').unlink()
+    with pytest.raises(ValueError, match='1 of 2 files; train-00001-of-00002.parquet is not there'): load_rows(tmp_path)
+
+def test_a_file_of_several_pages(tmp_path):
+    put(tmp_path, 'a.png', 'b.png')
+    of_hocr(tmp_path); of_alto(tmp_path)
+    hocr,alto = tmp_path/'a.hocr',tmp_path/'a.xml'
+    page = hocr.read_text().split('<body>')[1].split('</body>')[0]
+    hocr.write_text(hocr.read_text().replace('</body>', page.replace('a.png', 'b.png').replace("'ocr_line'", "'ocrx_line'").replace(' cat', ' dog')+'</body>'))
+    layout = alto.read_text().split('<Layout>')[1].split('</Layout>')[0]
+    alto.write_text(alto.read_text().replace('</Layout>', layout.replace('"cat"', '"dog"')+'</Layout>').replace('</fileName>', '</fileName><fileName>b.png</fileName>'))
+    for path in (hocr, alto):
+        rows = load_rows(path)
+        assert [(a, Path(pictures_of(r['messages'])[0]).name, r['group']) for a,r in zip(answers(rows), rows)]==[('a cat','a.png#xywh=2,3,20,10','a page 1'), ('a dog','b.png#xywh=2,3,20,10','a page 2')]
+        path.write_text(path.read_text().replace('b.png', 'a.png'))
+        with pytest.raises(DataError, match='each of its pages a picture of its own'): load_rows(path)
+    alto.write_text(alto.read_text().replace('<fileName>a.png</fileName>', '', 1))
+    with pytest.raises(DataError, match='2 Page and 1 fileName'): load_rows(alto)
+
+def test_names_and_weights_of_turns(tmp_path, capsys):
+    user,said = {'role':'user','content':'q','name':'ann'},{'role':'assistant','content':'a'}
+    path = lines(tmp_path/'x.jsonl', *({'messages':[user, {**said,'weight':w}]} for w in (1,0,None,1.0)))
+    with pytest.raises(DataError, match='Found: weight 0') as e: load_rows(path)
+    assert [row for row,_ in e.value.problems]==[1] and 'name and weight of turns passed over' in capsys.readouterr().out
+    assert load_rows([[user, {**said,'weight':1}]])==load_rows([[{'role':'user','content':'q'}, said]])
+    assert capsys.readouterr().out.count('passed over')==1                                  # said once, where there is something to say
 
 # --- sources that are not on this machine
 

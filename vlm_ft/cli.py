@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'Parser', 'model_options', 'load_settings', 'load', 'row_options', 'rows_of', 'opened_rows', 'demo',
-           'demo_options', 'train', 'train_options', 'evaluate', 'evaluate_options', 'merge', 'merge_options',
-           'predict', 'predict_options', 'check', 'check_options', 'plan', 'plan_options', 'parser', 'main']
+           'demo_options', 'train', 'train_options', 'evaluate', 'precisions', 'evaluate_options', 'merge',
+           'merge_options', 'predict', 'predict_options', 'check', 'check_options', 'plan', 'plan_options', 'parser',
+           'main']
 
 # %% ../nbs/cli.ipynb #6b29deb0
 import argparse, sys
@@ -86,6 +87,7 @@ def train(a):
     from vlm_ft.models.family import table
     from vlm_ft.augmentation import DocumentAugmentation
     from vlm_ft.setup import VisionDataCollator, VisionTrainingArguments
+    from vlm_ft.progress import EvalByGeneration
     from vlm_ft.resume import find_checkpoint
     from vlm_ft.training import VisionTrainer
     from vlm_ft.merging import FastVisionModel
@@ -110,7 +112,7 @@ def train(a):
                                                finetune_attention_modules=not a.no_attention, finetune_mlp_modules=not a.no_mlp)
     print(table(trainable_report(model)))
     trainer = VisionTrainer(model=FastVisionModel.for_training(model), processing_class=processor, args=args, train_dataset=rows, eval_dataset=held,
-                            data_collator=VisionDataCollator(model, processor, on_bad_picture=a.on_bad_picture), augment=DocumentAugmentation(seed=a.seed) if a.augment else None, eval_generation=bool(a.best))
+                            data_collator=VisionDataCollator(model, processor, on_bad_picture=a.on_bad_picture), augment=DocumentAugmentation(seed=a.seed) if a.augment else None, eval_generation=EvalByGeneration(limit=a.best_rows) if a.best else None)
     trainer.train(resume_from_checkpoint=a.resume)
     model.save_pretrained(a.out); processor.save_pretrained(a.out)
     print(f"The adapter is in {a.out}.")
@@ -119,7 +121,7 @@ def train_options(p):
     p.add_argument('--data', required=True, help='rows to train on: a file, a folder, or owner/name:split of the hub'); p.add_argument('--test', help='held-out rows, read after each epoch')
     p.add_argument('--hold-out', type=float, help='a share of --data to hold out instead, such as 0.1'); p.add_argument('--by', help='a column whose values --hold-out keeps together, such as writer; the default is group, or the picture')
     row_options(p)
-    p.add_argument('--best', help='a metric, such as cer: the model answers the held-out rows after each epoch, and the epoch that is best by it is kept')
+    p.add_argument('--best', help='a metric, such as cer: the model answers held-out rows after each epoch, and the epoch that is best by it is kept'); p.add_argument('--best-rows', type=int, default=64, help='how many of the held-out rows, from the first on')
     p.add_argument('--model', required=True, help='folder or hub id of a base, or of an adapter to train on'); p.add_argument('--out', required=True, help='folder for the adapter and checkpoints')
     p.add_argument('--epochs', type=float, default=1); p.add_argument('--steps', type=int, default=-1, help='instead of epochs'); p.add_argument('--minutes', type=float, help='time budget')
     p.add_argument('--learning-rate', type=float, default=2e-4); p.add_argument('--batch', type=int, default=2, help='rows a pass'); p.add_argument('--accumulate', type=int, default=4, help='passes a step')
@@ -133,34 +135,47 @@ def train_options(p):
 def evaluate(a):
     "Read held-out rows with one model or several, score the answers with intervals, and say which is better."
     from vlm_ft.evaluation.compare import compare, named
+    from vlm_ft.evaluation.text import Normalise
     from vlm_ft.preflight import check_room
     if a.limit is not None and a.limit<1: raise ValueError(f"--limit must be at least 1.\nFound: {a.limit}.")
     for path in a.report or ():
-        if Path(path).suffix not in ('.html','.md','.png'): raise ValueError(f"--report writes .html, .md or .png.\nFound: {path}.")
+        known = ('.png',) if a.bits else ('.html','.md','.png')
+        if Path(path).suffix.lower() not in known: raise ValueError(f"--report writes {', '.join(known)}{' of a comparison of precisions' if a.bits else ''}.\nFound: {path}.")
         check_room(Path(path).parent)
-    if a.bits and (given := [o for o in ('dtype','load_in_4bit','load_in_8bit','min_pixels','max_pixels','report','names','groups','resume') if getattr(a, o)]):
+    if a.memory and not a.bits: raise ValueError("--memory says what --bits may hold.\nFound: --memory alone.\nTry: --bits 16 8 4.")
+    if a.bits and (given := [o for o in ('dtype','load_in_4bit','load_in_8bit','min_pixels','groups','resume','metrics','ignore') if getattr(a, o)]):
         raise ValueError(f"--bits compares precisions at their defaults.\nFound: --{', --'.join(o.replace('_', '-') for o in given)} as well.\nTry: one or the other.")
-    if a.bits:
-        if len(a.models)>1: raise ValueError(f"--bits compares precisions of one model.\nFound: {len(a.models)} models.\nTry: one of them.")
-        from vlm_ft.evaluation.precision import compare_precisions
-        return print(compare_precisions(a.models[0], list(rows_of(a, a.data)[:a.limit]), bits=tuple(a.bits), batch_size=a.batch, max_new_tokens=a.max_new_tokens, device=a.device))
     if a.names and (len(a.names)!=len(a.models) or len(set(a.names))<len(a.names)): raise ValueError(
         f"--names names each model once.\nFound: {len(a.models)} models and {', '.join(a.names)}.")
     models = dict(zip(a.names, a.models)) if a.names else named(a.models)
+    if a.bits: return precisions(a, models)
     rows = opened_rows(a, a.data)                                             # `compare` checks them
     groups = range(len(rows)) if a.groups=='row' else a.groups
-    compared = compare(models, rows, groups=groups, limit=a.limit, batch_size=a.batch, max_new_tokens=a.max_new_tokens, resume=a.resume, title=f'{", ".join(models)} on {Path(a.data).name}', **load_settings(a))
+    compared = compare(models, rows, groups=groups, limit=a.limit, batch_size=a.batch, max_new_tokens=a.max_new_tokens, resume=a.resume, title=f'{", ".join(models)} on {Path(a.data).name}', metrics=a.metrics,
+                       form=Normalise(case='case' not in a.ignore, punctuation='punctuation' not in a.ignore, space='all' if 'space' in a.ignore else 'outer'), **load_settings(a))
     print(compared)
     for path in a.report or (): print(compared.save(path))
 
+def precisions(a, models:dict):
+    "What models read and weigh in several precisions, and which to ship."
+    from vlm_ft.evaluation.precision import compare_precisions, plot_precisions
+    found = compare_precisions(models, list(rows_of(a, a.data)[:a.limit]), bits=tuple(a.bits), batch_size=a.batch, max_new_tokens=a.max_new_tokens, device=a.device, max_pixels=a.max_pixels,
+                               say=lambda line: print(line, file=sys.stderr, flush=True))
+    print(found)
+    for name in models:
+        for gib in (None, *a.memory): print(found.ship(gib, name))
+    for path in a.report or (): plot_precisions(found).savefig(path, dpi=120); print(path)
+
 def evaluate_options(p):
-    p.add_argument('models', nargs='+', help='folders or hub ids of models or adapters, or .jsonl files of answers; the others are compared with the first')
+    p.add_argument('models', nargs='+', help='folders or hub ids of models or adapters, http://…/v1#name of served ones, or .jsonl files of answers; the others are compared with the first')
     p.add_argument('--data', required=True, help='rows with answers: a file, a folder, or owner/name:split of the hub'); p.add_argument('--names', nargs='+', help='what the models are called; the default is their folders')
     row_options(p)
     p.add_argument('--limit', type=int, help='only the first rows'); p.add_argument('--batch', type=int, default=8, help='rows a pass'); p.add_argument('--max-new-tokens', type=int, default=256)
-    p.add_argument('--groups', help="rows that are not independent: those of one picture, unless this names a field of the rows, or says 'row'")
+    p.add_argument('--groups', help="rows that are not independent: those of one group, where the rows have that field, else of one picture, unless this names another field, or says 'row'")
+    p.add_argument('--metrics', nargs='+', help="such as cer, anls, vqa, f1; the default is those of each row's task"); p.add_argument('--ignore', nargs='+', choices=('case','punctuation','space'), default=(), help='what texts are compared without')
     p.add_argument('--resume', help="a folder that keeps each model's answers as they come; what is there is not answered again")
-    p.add_argument('--report', action='append', help='a file to write: .html shows each row, .md the table, .png both; may be given again'); p.add_argument('--bits', type=int, nargs='+', choices=(16,8,4), help='compare these precisions of one model')
+    p.add_argument('--report', action='append', help='a file to write: .html shows each row, .md the table, .png both; may be given again')
+    p.add_argument('--bits', nargs='+', help='compare precisions instead: 16, 8, 4 (which is nf4), fp4, nf4-single, and 8+vision, nf4+vision, fp4+vision with the tower'); p.add_argument('--memory', type=float, nargs='+', default=(), help='GiB: with --bits, say what to ship within these')
     model_options(p)
 
 # %% ../nbs/cli.ipynb #bd99d6c0

@@ -246,13 +246,14 @@ def check_row(row, processor, family, max_seq_length=None, resize=None, decode=T
         except DataError as e: problems.extend(e.problems)
     pictures = pictures_of(messages)
     sizes = tried(for_rows, lambda src: (open_image(src).size if decode else image_size(src)), pictures, False)
+    n_unread = len(problems)
     text = tried(render, messages, processor, family)
     each = tried(costs, [fit(s, resize) for s in sizes], processor, family) if sizes is not None else None
     if text is not None:
         ids = _ids(text, processor)
         learned = tried(answer_mask, ids, messages, processor, family)
         if each is not None: tried(refuse_long, len(ids)-len(each)+sum(c.text for c in each), [fit(s, resize) for s in sizes], max_seq_length, processor, family)
-    if problems: raise DataError(problems)
+    if problems: raise (PictureError if len(problems)==n_unread else DataError)(problems)
     image = sum(c.text for c in each)
     return dict(text=len(ids)-len(each), image=image, cross=sum(c.cross for c in each), total=len(ids)-len(each)+image,
                 supervised=int(learned.sum()), pictures=len(pictures), answers=sum(m['role']=='assistant' for m in messages))
@@ -264,13 +265,18 @@ def check_rows(
     max_seq_length:int|None=None, # tokens, image placeholders included; None: no bound
     resize=None,                  # as for `encode`
     decode=True,                  # open every picture; False: read only headers
+    unread:list|None=None,        # gets (row number, text) of rows with a picture that cannot be read; None: they are refused
 )->list[dict]:                    # a summary for `table`
     "Everything that is wrong in the rows, at once; or what they add up to."
     family,resize,counts = as_family(family),box_of(resize),{}
-    def count(row):
-        for what,n in check_row(row, processor, family, max_seq_length, resize, decode).items(): counts.setdefault(what, array('q')).append(n)   # a row itself is not kept
-    n = len(for_rows(count, rows))
-    if not n: raise DataError("there are no rows.\nFound: an empty list.\nTry: at least one row.")
+    def count(numbered):
+        try: found = check_row(numbered[1], processor, family, max_seq_length, resize, decode)
+        except PictureError as e:
+            if unread is None: raise
+            return unread.extend((numbered[0], text) for _,text in e.problems)
+        for what,n in found.items(): counts.setdefault(what, array('q')).append(n)                      # a row itself is not kept
+    n_all = len(for_rows(count, enumerate(rows)))
+    if not (n := len(counts.get('total', ()))): raise DataError("there are no rows.\nFound: " + (f"{n_all} rows, none of which has a picture that can be read.\nTry: mend the pictures." if n_all else "an empty list.\nTry: at least one row."))
     summary = [{'per row':'rows', 'sum':n}]
     for what,name in dict(text='text tokens', image='image tokens', cross='cross-attention tokens', total='tokens, text and image', supervised='tokens that carry loss',
                           pictures='pictures', answers='answers').items():

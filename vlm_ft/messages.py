@@ -91,6 +91,7 @@ def _pdf_page(path:str, n:int)->Image.Image:
     import pypdfium2
     with pypdfium2.PdfDocument(path) as pdf:
         if not 1<=n<=len(pdf): raise wrong("a PDF file has no such page.", f"page {n} of {len(pdf)} in {path}", f"1 to {len(pdf)}.")
+        if (pixels := round(pdf[n-1].get_width()*pdf[n-1].get_height()*(DPI/72)**2)) > (Image.MAX_IMAGE_PIXELS or pixels): raise _too_large(f'{path}#page={n}', f"{pixels:,} pixels at {DPI} dots an inch")
         return pdf[n-1].render(scale=DPI/72).to_pil()
 
 def _part_of(path:str, kind:str, *numbers)->Image.Image:
@@ -264,6 +265,7 @@ def _answers(row:dict)->list:
     asked = row.get('messages') is None and 'answer' in row    # a dataset may hold both forms, with None in the one not used
     answers = row.get('answer') if asked or row.get('answer') is not None else row.get('answers') or []
     if not isinstance(answers, list) or asked and not answers: answers = [answers]
+    answers = [str(a) if isinstance(a, int) and not isinstance(a, bool) else a for a in answers]         # a whole number is written in one way
     if any(not _text(a, "an answer").strip() for a in answers): raise wrong("an answer is empty.", answers, "write it, or leave the row out.")
     return answers
 

@@ -22,7 +22,7 @@ from .checkpoint import find
 from .data import count_tokens, encode, pictures_of
 from .loading import check_pixels, for_inference, for_training, load_processor, quantized_modules, settle, wanted_bits
 from .lora import add_adapter, get_peft_model
-from .messages import image_size, to_messages
+from .messages import DataError, for_rows, image_size, to_messages
 from .readers import load_rows
 from .models.family import base_of, family_for, table
 from .packing import pack_batch, packed, packed_attention, packed_loss, packed_mask, supervised_loss
@@ -423,14 +423,18 @@ def plan(
         gpu_gib = torch.cuda.get_device_properties(0).total_memory/2**30
     for k,v in dict(gpu_gib=gpu_gib, batch=batch, limit=limit).items():
         if v is not None and (isinstance(v, bool) or not isinstance(v, (int,float)) or v<=0): raise ValueError(f"{k} must be above 0.\nFound: {k}={v!r}.")
-    check_pixels(min_pixels=min_pixels, max_pixels=max_pixels)
+    if batch is not None and batch!=int(batch): raise ValueError(f"batch is a whole number of rows.\nFound: batch={batch!r}.")
+    check_pixels(min_pixels=min_pixels, **max_pixels if isinstance(max_pixels, dict) else dict(max_pixels=max_pixels))
     if loaded: max_seq_length = getattr(base_of(model), 'max_seq_length', max_seq_length)
     name,config,processor,bits,skip,adapt,dtype = planned_model(model, processor, loading, choice, max_seq_length, token, revision, trust_remote_code)
     family,processor = family_for(config),copy.deepcopy(processor)              # bounds of pixels are tried on it
-    family.set_resolution(processor, min_pixels, max_pixels)
+    family.bound(processor, min_pixels, max_pixels)
     rows = load_rows(data) if data is not None else [sample_row(family, processor)]
-    chosen = rows if len(rows)<=limit else [rows[i] for i in np.random.default_rng(0).choice(len(rows), int(limit), replace=False)]
-    counts = [count_tokens(row, processor, family) for row in chosen]
+    if not hasattr(rows, '__len__') or not len(rows): raise ValueError("A plan needs rows whose number is known.\nFound: " + ("no row.\nTry: at least one, or data=None." if hasattr(rows, '__len__') else "a stream.\nTry: list(itertools.islice(rows, 1000))."))
+    which = range(len(rows)) if len(rows)<=limit else np.random.default_rng(0).choice(len(rows), int(limit), replace=False).tolist()
+    chosen = [rows[i] for i in which]
+    try: counts = for_rows(lambda row: count_tokens(row, processor, family), chosen)
+    except DataError as e: raise DataError([(which[i], text) for i,text in e.problems]) from e
     size = lambda c: c['total']+c['cross']
     order = sorted(range(len(chosen)), key=lambda i: -size(counts[i]))
     longest = chosen[order[0]]

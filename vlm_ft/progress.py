@@ -12,7 +12,7 @@ from datetime import timedelta
 import numpy as np
 from transformers import TrainerCallback
 from .messages import to_messages
-from .models.family import nearest, table
+from .models.family import table
 
 # %% ../nbs/progress.ipynb #287e69d5
 def held_out(
@@ -91,18 +91,30 @@ class History(list):
 class EvalByGeneration:
     "Answers to held-out rows, and what they are worth."
     limit:int|None = 64            # the first rows; None: all
-    max_new_tokens:int = 256       # the longest answer
+    max_new_tokens:int|None = None # the longest answer; None: half as long again as the longest true one
     batch_size:int|None = None     # None: the trainer's evaluation batch
     metrics:tuple|None = None      # names in evaluation.metrics.METRICS; None: those of the rows' tasks
     predictions:list = field(default_factory=list, init=False)  # the last evaluation's answers
 
     def names(self, rows)->list:
         "The metrics of these rows, in order."
-        from vlm_ft.evaluation.metrics import METRICS, metric_for
-        if bad := [m for m in self.metrics or () if m not in METRICS]: raise ValueError(f"{bad[0]!r} is no metric.{nearest(bad[0], METRICS)}\nKnown: {', '.join(METRICS)}.")
-        return list(self.metrics or dict.fromkeys(m for row in self._first(rows) for m in metric_for(row.get('task'))))
+        from vlm_ft.evaluation.metrics import known_metrics, metric_for
+        return list(known_metrics(self.metrics) or dict.fromkeys(m for row in self._first(rows) for m in metric_for(row.get('task'))))
 
     def _first(self, rows): return [to_messages(r) for r in itertools.islice(rows, self.limit)]
+
+    def room(self, rows, processor)->int:
+        "The longest answer to these rows, in tokens."
+        from vlm_ft.evaluation.generation import room_for_answers
+        return self.max_new_tokens or room_for_answers(rows, processor)
+
+    def check(self, rows, processor, family, resize=None):
+        "Raise now what an evaluation would raise after hours: prompts without room for an answer, rows that a metric cannot count."
+        from vlm_ft.evaluation.generation import prompt_lengths
+        from vlm_ft.evaluation.metrics import score
+        rows = self._first(rows)
+        prompt_lengths(rows, processor, family, resize, self.room(rows, processor))
+        score(rows, ['']*len(rows), metrics=self.metrics)
 
     def __call__(self, model, processor, rows, batch_size=8, resize=None)->dict:
         "Metrics by name, and the ends of their intervals; the answers are kept in `predictions`."
@@ -110,7 +122,9 @@ class EvalByGeneration:
         from vlm_ft.evaluation.generation import predict
         from vlm_ft.evaluation.metrics import METRICS, accepted_answers, groups_of, metric_for
         rows = self._first(rows)
-        self.predictions = predict(model, processor, rows, batch_size=self.batch_size or batch_size, max_new_tokens=self.max_new_tokens, progress=False, resize=resize)
+        n = self.room(rows, processor)
+        self.predictions = predict(model, processor, rows, batch_size=self.batch_size or batch_size, max_new_tokens=n, progress=False, resize=resize)
+        if cut := len(self.predictions.cut): print(f"  {cut} of {len(rows)} answers did not end within {n} tokens and are cut there.", flush=True)
         groups,out = groups_of(rows),{}
         for name in self.names(rows):
             mine = [i for i,r in enumerate(rows) if self.metrics or name in metric_for(r.get('task'))]     # rows whose task it belongs to

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'LISTS', 'parsed_columns', 'refuse_columns', 'Reader', 'recognised', 'split_name', 'hub_id', 'one_split',
-           'from_hub', 'from_disk', 'refuse_no_rows', 'Streamed', 'streamed', 'open_rows', 'load_rows', 'said',
-           'formats_table']
+           'from_hub', 'shards', 'all_shards', 'from_disk', 'refuse_no_rows', 'Streamed', 'streamed', 'open_rows',
+           'load_rows', 'said', 'formats_table']
 
 # %% ../nbs/readers.ipynb #cb578a98
 import json, re
 from dataclasses import dataclass, field
 from pathlib import Path
 from . import transcripts                                   # enters its formats
-from .formats import CONTAINERS, FORMATS, PICTURES, Source, as_record
+from .formats import CONTAINERS, FORMATS, PICTURES, Source, as_record, class_folders, passed_over, split_folders
 from .messages import KEYS, DataError, for_rows, to_messages, wrong
 from .models.family import nearest, table
 from .rows import Arrow, Rows
@@ -93,6 +93,9 @@ def recognised(
         return FORMATS[wanted]
     if (found := next((f for f in FORMATS.values() if f.known(s)), None)): return found
     if s.holds_records and not s.sample: return FORMATS['rows']
+    if splits := split_folders(s):
+        more = ", or format='classes' if each folder is a class"*(len(class_folders(s))>len(splits))
+        raise ValueError(f"{name} holds splits, and one is read at a time.\nFound: folders {', '.join(splits)}.\nTry: load_rows('{s.path}:{splits[0]}'){more}.")
     looked = "Looked for:\n" + '\n'.join(f"  {f.name:18}{f.looks}" for f in FORMATS.values())
     raise ValueError(f"{name} is in none of the forms that are known.\nFound: {_seen(s)}.\n{looked}\nTry: {_advice(s)}")
 
@@ -108,6 +111,7 @@ def _advice(s:Source)->str:
     "The columns that would make rows of records with names of their own."
     if s.path and s.path.is_dir() and (inside := [p for p in s.files if p.suffix.lower() in CONTAINERS]):
         return f"one of its files, load_rows({str(next((p for p in inside if 'train' in p.name), inside[0]))!r})."
+    if below := next((p for p in s.files if p.is_dir() and any(f.known(Source(p)) for f in FORMATS.values())), None): return f"one of the folders in it, load_rows({str(below)!r})."
     if not s.sample: return "format=… to say what it is, or the rows in a .jsonl file: {\"image\":…, \"question\":…, \"answer\":…} a line."
     texts = {k:v for k,v in s.sample[0].items() if isinstance(v, str)}
     image = next((k for k,v in s.sample[0].items() if str(v).lower().endswith(PICTURES) or isinstance(v, (bytes,dict)) or hasattr(v, 'getbands')), None)
@@ -138,8 +142,32 @@ def from_hub(name:str, split=None):
     import datasets
     return datasets.load_dataset(name, split=one_split(datasets.get_dataset_split_names(name), split, name))
 
+_SHARD = re.compile(r'(\w+(?:\.\w+)*)-(\d{5})-of-(\d{5})\.parquet')
+
+def shards(folder:Path)->dict: # {split: its files, in order}
+    "The Parquet files of a dataset as the hub keeps it, in a folder or its `data`; nothing of another folder."
+    found = {}
+    for p in [p for at in (folder, folder/'data') if at.is_dir() for p in sorted(at.iterdir())]:
+        if m := _SHARD.fullmatch(p.name): found.setdefault(m[1], []).append(p)
+    return found
+
+def all_shards(files:list[Path])->list[str]:
+    "The files of a split, if all are there and none twice."
+    split,_,n = _SHARD.fullmatch(files[0].name).groups()
+    names,wanted = [p.name for p in files],[f'{split}-{i:05d}-of-{n}.parquet' for i in range(int(n))]
+    if names!=wanted:
+        lost = next((name for name in wanted if name not in names), None)
+        raise ValueError(f"The split {split!r} in {str(files[0].parent)!r} is not whole.\nFound: " + (f"{len(names)} of {len(wanted)} files; {lost} is not there" if lost else f"{len(names)} files where {len(wanted)} make the split, so of several downloads") +
+                         f".\nTry: download the others into an empty folder; or one of these, load_rows({str(files[0])!r}).")
+    return list(map(str, files))
+
 def from_disk(path:Path, split=None):
-    "A dataset that `save_to_disk` wrote; None for another folder."
+    "A dataset that `save_to_disk` wrote or that the hub's files hold; None for another folder."
+    if there := shards(path):
+        import datasets
+        split = one_split(there, split, str(path))
+        name = split.split('[')[0]
+        return datasets.load_dataset('parquet', data_files={name:all_shards(there[name])}, split=split)
     if not any((path/name).is_file() for name in ('state.json','dataset_dict.json')): return None
     import datasets
     made = datasets.load_from_disk(str(path))
@@ -175,13 +203,14 @@ def streamed(stream, format, columns, root):
     reader = Reader(columns=columns, root=root)
     first = list(stream.take(20))
     refuse_columns(columns, first, 'The stream')
-    reader.form = recognised(Source(first, reader.mapped), format, 'The stream').name
-    print(f"stream: read as {reader.form}, each row checked when it comes")
+    s = Source(first, reader.mapped)
+    reader.form = recognised(s, format, 'The stream').name
+    print('; '.join([f"stream: read as {reader.form}, each row checked when it comes", *passed_over(s)]))
     return stream.map(Streamed(reader), with_indices=True, remove_columns=list(dict.fromkeys(k for rec in first for k in rec)))
 
 # %% ../nbs/readers.ipynb #c17d2879
 def open_rows(
-    source,       # path of a file or folder, 'owner/name:split' of the hub, list of rows, or Hugging Face dataset
+    source,       # path of a file or folder, 'folder:split', 'owner/name:split' of the hub, list of rows, or Hugging Face dataset
     format=None,  # a name in FORMATS; None: recognised
     columns=None, # 'image=scan, answer=text, question="Read the text."', or a dict
     root=None,    # folder that pictures' paths start from and do not leave; None: the file's own
@@ -193,21 +222,23 @@ def open_rows(
     if isinstance(source, (str, Path)):
         name,split = split_name(str(source))
         path,source = Path(name),_opened(name, split)
+        if root is None and not isinstance(source, Path) and shards(path): root = path      # as of one Parquet file
     else: refuse_no_rows(source)
     if _is(source, 'IterableDataset'): return streamed(source, format, columns, root)
     reader = Reader(columns=columns, root=root)
     given = source if isinstance(source, Path) else Arrow(source) if _is(source, 'Dataset') else source if isinstance(source, Rows) else list(source)
-    s,name = Source(given, reader.mapped, root and Path(root)),path.name if path else f'a {type(source).__name__}'
+    s,name = Source(given, reader.mapped, root and Path(root)),(source if isinstance(source, Path) else path).name if path else f'a {type(source).__name__}'
     refuse_columns(columns, s.raw, name)
     form = recognised(s, format, name)
     records = _records(s, form, name)
+    s.notes += passed_over(s)
     if form.read: refuse_columns(columns, records[:20] if isinstance(records, list) else [records[i] for i in range(min(20, len(records)))], name)
-    if path and not len(records): raise ValueError(f"{path.name!r} holds no rows.")
+    if path and not len(records): raise ValueError(f"{name!r} holds no rows.")
     reader.form,reader.root = form.name,None if s.root is None else str(s.root)
     if fetch: reader.web = str(Path(reader.root or '.')/'fetched')
     rows = Rows(records, reader, name)
     if fetch: reader.failed = fetch_all(_addresses(rows, reader), reader.web)
-    if path or form.name not in ('rows','openai'): print(said(rows, form, s))
+    if path or s.notes or form.name not in ('rows','openai'): print(said(rows, form, s))
     return rows
 
 def load_rows(
@@ -226,7 +257,10 @@ def _opened(name:str, split):
     if path.is_dir() and (made := from_disk(path, split)) is not None: return made
     if path.exists() and split is None: return path
     if not path.exists() and (hub := hub_id(name)): return from_hub(hub, split)
-    if path.is_dir(): raise ValueError(f"{str(path)!r} is no saved dataset, and has no split {split!r}.\nTry: its sub-folder, {str(path/split)!r}, if there is one.")
+    if path.is_dir():
+        below = sorted(p.name for p in path.iterdir() if p.is_dir())
+        if split in below: return _opened(str(path/split), None)
+        raise ValueError(f"{str(path)!r} has no split {split!r}.{nearest(split, below)}\nFound: {'folders '+', '.join(below) if below else 'no folder'} in it.\nTry: one of them, or the folder without a split.")
     beside = [p.name for p in path.parent.glob('*')] if path.parent.is_dir() else []
     raise FileNotFoundError(f"There is no file {str(path)!r}.{nearest(path.name, beside)}")
 

@@ -76,11 +76,11 @@ class Table(Places):
         self.delimiter = '\t' if Path(path).suffix.lower()=='.tsv' else max(',;\t', key=first.count)      # spreadsheets of half the world write ';'
         places = self.find(path)
         super().__init__(path, places[1:])
-        self.head = [c.strip() for c in next(self.cells(Places(path, places).text(0)))] if len(places) else []
+        self.head = [c.strip() for c in self.row(Places(path, places), 0)] if len(places) else []
         if bad := [c for c in self.head if self.head.count(c)>1 or not c]:
             raise ValueError(f"The head of {self.path.name!r} names its columns badly.\nFound: {self.head}, where {bad[0]!r} " + ("stands twice." if bad[0] else "is no name.") + "\nTry: a name of its own for each column.")
 
-    def cells(self, text): return csv.reader(text if not isinstance(text, str) else io.StringIO(text, newline=''), delimiter=self.delimiter)
+    def cells(self, lines): return csv.reader(lines, delimiter=self.delimiter, strict=True)
 
     def find(self, path)->np.ndarray:
         "The places of the rows, the head's first."
@@ -94,16 +94,27 @@ class Table(Places):
         first = 1
         csv.field_size_limit(max(LONGEST, csv.field_size_limit()))
         with open(path, 'rb') as f:
-            try:
-                for cells in self.cells(lines(f)):
-                    if cells: places.extend((start, at, first))
-                    start,first = at,n+1
-            except DataError as e: raise DataError([(max(0, len(places)//3-1), text) for _,text in e.problems]) from e
-            except csv.Error as e: raise ValueError(f"{Path(path).name!r} is no table.\nFound: {e}, on line {n}.\nTry: save it as CSV again, with a line end after each row.") from e
-        return np.array(places, dtype=np.int64).reshape(-1, 3)
+            rows = self.cells(lines(f))
+            while True:
+                try: cells = next(rows, None)
+                except DataError as e: raise DataError([(max(0, len(places)//3-1), text) for _,text in e.problems]) from e
+                except csv.Error as e:
+                    if not places: raise ValueError(f"{Path(path).name!r} is no table.\nFound: {e}, on line {n}.\nTry: save it as CSV again, with a line end after each row.") from e
+                    cells = True                                 # a broken row, refused when it is read
+                if cells is None: return np.array(places, dtype=np.int64).reshape(-1, 3)
+                if cells: places.extend((start, at, first))
+                start,first = at,n+1
+
+    def row(self, places:Places, i:int)->list[str]:
+        "The cells of what stands in place `i`; `DataError` for a quote in the wrong place."
+        text,n = places.text(i),places.places[i][2]
+        try: return next(self.cells(io.StringIO(text, newline='\n')))      # the lines that `find` saw
+        except csv.Error as e:
+            last = n+text.rstrip('\n').count('\n')
+            raise wrong(f"the row on line{f' {n}' if n==last else f's {n} to {last}'} of {places.path.name} is broken ({e}).", text, 'put a cell that holds a quote or a line break in quotes, and write a quote in it twice: "He said ""Yes"".".') from e
 
     def __getitem__(self, i):
-        cells = next(self.cells(self.text(i)))
+        cells = self.row(self, i)
         if len(cells)!=len(self.head):
             raise wrong(f"the row on line {self.places[i][2]} of {self.path.name} has {len(cells)} cells, and the head {len(self.head)}.", str(cells), "a cell for each column; quote a cell that holds the delimiter.")
         return {k: v or None for k,v in zip(self.head, cells)}

@@ -107,8 +107,11 @@ class VisionDataCollator:
         return {**batch, 'image_keys':image_keys(batch, self.family)} if self.keyed else batch
 
     def check(self, examples, decode=True)->list[dict]:
-        "`check_rows` on examples as this collator will read them."
-        return check_rows(map(self.row, examples), self.processor, self.family, self.max_seq_length, self.resize, decode)
+        "`check_rows` on examples as this collator will read them; rows that it will skip are told."
+        unread = [] if self.on_bad_picture=='skip' else None
+        found = check_rows(map(self.row, examples), self.processor, self.family, self.max_seq_length, self.resize, decode, unread)
+        if unread: logging.getLogger('vlm_ft').warning(f"{len(unread)} row{'s' if len(unread)>1 else ''} will be left out, since a picture cannot be read:\n" + "\n".join(f"  row {n}: {text}" for n,text in unread))
+        return found
 
     @property
     def pad_id(self)->int:

@@ -6,17 +6,23 @@
 __all__ = ['shown', 'groups_of', 'split_rows']
 
 # %% ../nbs/splits.ipynb #82c8916f
-import hashlib, random
+import functools, hashlib, os, random
 from collections import Counter
 from .messages import DataError, pictures_of, to_messages
 from .models.family import nearest
 from .rows import Rows
 
 # %% ../nbs/splits.ipynb #22075379
+@functools.lru_cache(1024)
+def _digest(path:str, changed:int)->str: # rows of one page follow each other
+    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+
 def shown(row)->tuple|None:
-    "The pictures of a row, by path or by content; of a page's lines and a document's pages the file. None for a row without one."
+    "The pictures of a row, by content, so that a copy under another name is the same; of a page's lines and a document's pages the file's. None for a row without one."
     def name(src):
-        if isinstance(src, str) and not src.startswith('data:'): return src.split('#xywh=')[0].split('#page=')[0]
+        if isinstance(src, str) and not src.startswith('data:'):
+            path = src.split('#xywh=')[0].split('#page=')[0]
+            return _digest(path, os.stat(path).st_mtime_ns) if os.path.isfile(path) else path
         return hashlib.sha256(src.encode() if isinstance(src, str) else src if isinstance(src, bytes) else src.tobytes()).hexdigest()
     return tuple(map(name, pictures_of(to_messages(row)['messages']))) or None
 
@@ -48,6 +54,7 @@ def split_rows(
     seed:int=0,    # which groups are held out
 )->tuple:          # (rows to train on, rows held out), each in the rows' order
     "Part rows between groups, never within one."
+    if not hasattr(rows, '__len__'): raise ValueError(f"A split needs to know all rows, and a stream comes row by row.\nFound: a {type(rows).__name__}.\nTry: list(rows), or hold out a file of its own.")
     if isinstance(test, bool) or not isinstance(test, (int,float)) or not len(rows) or not 0<test<(1 if isinstance(test, float) else len(rows)):
         raise ValueError(f"test is no part of the rows.\nFound: test={test!r} of {len(rows):,} rows.\nTry: a share between 0 and 1, such as 0.1, or a number below that of the rows.")
     groups = groups_of(rows, by)

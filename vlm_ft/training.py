@@ -118,7 +118,11 @@ class VisionTrainer(Trainer):
         check_args(args, self._measured(eval_dataset, data_collator))
         check_room(args.output_dir, 0 if args.save_strategy=='no' else checkpoint_bytes(model))
         for data in (train_dataset, eval_dataset): check_dataset(data, data_collator)
+        if self.eval_generation:
+            for data in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
+                if hasattr(data, '__len__'): self.eval_generation.check(map(row_of(data_collator), data), processor, family_for(model), getattr(data_collator, 'resize', None))
         args.gradient_checkpointing = bool(args.gradient_checkpointing and getattr(base_of(model), 'gradient_checkpointing_wanted', True))
+        if args.accelerator_config.dispatch_batches is None: args.accelerator_config.dispatch_batches = False     # of a stream it cuts every tensor to the number of rows, and pictures have no such dimension
         keep_inputs_frozen(model)
         super().__init__(model=model, args=args, data_collator=data_collator, train_dataset=train_dataset, eval_dataset=eval_dataset,
                          processing_class=processor, callbacks=callbacks, **kwargs)
@@ -356,9 +360,21 @@ def same_rng():
 def evaluate(self:VisionTrainer, eval_dataset=None, ignore_keys=None, metric_key_prefix='eval'):
     "Loss on held-out rows and, with `eval_generation`, the metrics of the model's answers; nothing of it is left behind."
     start,paused = time.monotonic(),self._paused
-    with same_rng(): found = Trainer.evaluate(self, as_rows(eval_dataset), ignore_keys, metric_key_prefix)
+    named = isinstance(self.eval_dataset, dict) and isinstance(eval_dataset, str) and eval_dataset in self.eval_dataset     # one of several, as transformers calls it
+    with same_rng():
+        try: found = Trainer.evaluate(self, eval_dataset if named else as_rows(eval_dataset), ignore_keys, metric_key_prefix)
+        except torch.OutOfMemoryError as e:
+            if not self.is_in_train: raise
+            found = self._unmeasured(e)
     self._paused = paused + time.monotonic()-start
     return found
+
+@patch
+def _unmeasured(self:VisionTrainer, error)->dict:
+    "What stands for an evaluation that did not fit: said, and never the best."
+    logging.getLogger('vlm_ft').warning(f"An evaluation does not fit into memory with one row at a time. It is left out, and training goes on.\nFound: {error}\nTry: fewer held-out pixels or tokens, eval_generation=EvalByGeneration(max_new_tokens=…), or a smaller training batch.")
+    best = self.args.metric_for_best_model
+    return {f"eval_{best.removeprefix('eval_')}": -math.inf if self.args.greater_is_better else math.inf} if best else {}
 
 @patch
 def _loss_or_none(self:VisionTrainer, *args):

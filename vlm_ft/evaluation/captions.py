@@ -9,7 +9,7 @@ __all__ = ['bleu', 'chrf', 'caption_words', 'cider']
 import math,re
 from collections import Counter
 import numpy as np
-from .certainty import Counts
+from .certainty import Counts,ratio
 from .text import paired
 
 # %% ../../nbs/evaluation/captions.ipynb #3ff168c8
@@ -38,7 +38,7 @@ def _ngrams(words:list)->list:
     "How often each sequence of n words occurs, for n from 1 to 4."
     return [Counter(tuple(words[i:i+n]) for i in range(len(words)-n+1)) for n in range(1, 5)]
 
-def cider(truths, predictions)->np.ndarray:  # (n_rows, 2) CIDEr-D of the row, from 0 to 10, and 1
+def cider(truths, predictions)->Counts:  # (n_rows, 2) CIDEr-D of the row, from 0 to 10, and 1
     "CIDEr-D of every row, sequences weighed by all the truths given."
     accepted,predictions = paired(truths, predictions)
     refs,n = [[caption_words(a) for a in answers] for answers in accepted],len(accepted)
@@ -50,4 +50,4 @@ def cider(truths, predictions)->np.ndarray:  # (n_rows, 2) CIDEr-D of the row, f
         (hv,hn,hl),(rv,rn,rl) = hyp,ref
         dots = [sum(min(w, b[g])*b[g] for g,w in a.items() if g in b)/(x*y or 1) for a,b,x,y in zip(hv, rv, hn, rn)]
         return np.mean(dots)*math.exp(-(hl-rl)**2/72)
-    return np.array([(10*np.mean([alike(weigh(caption_words(p)), weigh(r)) for r in answers]), 1) for answers,p in zip(refs, predictions)])
+    return Counts([(10*np.mean([alike(weigh(caption_words(p)), weigh(r)) for r in answers]), 1) for answers,p in zip(refs, predictions)], lambda sums: ratio(sums))   # a mean, and no share

@@ -7,8 +7,9 @@ __all__ = ['ARROW', 'named', 'read_predictions', 'one_each', 'read_data', 'verdi
            'compare']
 
 # %% ../../nbs/evaluation/compare.ipynb #bb0106bc
-import gc,io,itertools,json,re
+import gc,inspect,io,itertools,json,os,re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
@@ -17,40 +18,56 @@ from ..data import pictures_of
 from ..messages import DataError
 from ..readers import load_rows
 from ..rows import JsonLines,Rows,json_file
-from .certainty import Difference,difference,interval,rate,ratio
-from .metrics import LOWER_IS_BETTER,MEASURES,METRICS,accepted_answers,buckets,groups_of,metric_for
-from .text import clean,closest,edit_ops,refuse_rows
-from .page import cell_html,page_html
+from .certainty import Difference,difference,interval,mean_rate,rate,ratio,yes_or_no
+from .metrics import LOWER_IS_BETTER,MEASURES,METRICS,accepted_answers,buckets,groups_of,known_metrics,metric_for,picture_of
+from .text import Normalise,clean,closest,edit_ops,refuse_rows
+from .page import cell_html,page_html,uneven
 from .report import draw_report,write_whole
-from ..models.family import table
+from ..models.family import refuse_unknown,table
 
 # %% ../../nbs/evaluation/compare.ipynb #291a1e72
+_SERVED = re.compile('(https?://[^#]+)#(.+)')   # an address, and a model's name there
+_TAKEN = ('task','metric','rows')               # columns of the table
+
 def named(
     models, # {name: model}, or a list of folders
 )->dict:
     "Models by name, after their folders or files; those of one name are told apart by the folders they stand in."
-    if isinstance(models, dict): return dict(models)
+    if isinstance(models, dict):
+        if bad := [n for n in models if n in _TAKEN]: raise ValueError(f"The table of a comparison has a column of that name already.\nFound: a model called {bad[0]!r}.\nTry: another name.")
+        return dict(models)
     if not isinstance(models, (list,tuple)) or not all(isinstance(m, (str,Path)) for m in models): raise TypeError(
         f"Models are a dict of names and models, or a list of folders.\nFound: {type(models).__name__}.\nTry: compare({{'base': …, 'tuned': …}}, rows).")
-    parts = [Path(m).parts if not Path(m).exists() else Path(m).resolve().parts for m in models]
+    parts = [tuple(served[2].split('/')) if (served := _SERVED.fullmatch(str(m))) else Path(m).parts if not Path(m).exists() else Path(m).resolve().parts for m in models]
     if twice := [str(m) for m,n in Counter(map('/'.join, parts)).items() if n>1]: raise ValueError(
         f"A model is compared with itself.\nFound: {twice[0]} twice.\nTry: each once.")
     depth = next(d for d in range(1, 99) if len({p[-d:] for p in parts})==len(parts))
     names = ['/'.join(p[-depth:]) for p in parts]
     short = [n.removesuffix('.jsonl') for n in names]
-    return dict(zip(short if len(set(short))==len(short) else names, models))
+    return named(dict(zip(short if len(set(short))==len(short) else names, models)))
 
 # %% ../../nbs/evaluation/compare.ipynb #b25d85ee
 def read_predictions(
-    path, # .jsonl or .json file of texts, of {'prediction': text}, or as `predict` appends them
+    path,      # .jsonl or .json file of texts, of {'prediction': text} with or without the number of the 'row', or as `predict` appends them
+    rows=None, # that they answer: what `predict` wrote for other ones is refused
 )->list:
     "Answers from a file, in the rows' order; None for a row that it lacks."
-    if not Path(path).is_file(): raise FileNotFoundError(f"There is no file {str(path)!r} of answers.")
-    lines = list(JsonLines(path) if Path(path).suffix=='.jsonl' else json_file(path))
-    if not lines: raise ValueError(f"{Path(path).name!r} holds no answers.")
-    if not (isinstance(lines[0], dict) and 'made_by' in lines[0]): return [x.get('prediction') if isinstance(x, dict) else x for x in lines]
-    from vlm_ft.evaluation.generation import Answers
-    done = {l['row']:l for l in lines[1:]}
+    path = Path(path)
+    if not path.is_file(): raise FileNotFoundError(f"There is no file {str(path)!r} of answers.")
+    lines = list(JsonLines(path) if path.suffix=='.jsonl' else json_file(path))
+    if not lines: raise ValueError(f"{path.name!r} holds no answers.")
+    if isinstance(lines[0], dict) and 'made_by' in lines[0]: return _as_written(path.name, lines[1:], rows)
+    refuse_rows(f"A line of {path.name!r} is a text, or has a 'prediction'.", {i:list(x) for i,x in enumerate(lines) if isinstance(x, dict) and 'prediction' not in x})
+    at = [x.get('row', i) if isinstance(x, dict) else i for i,x in enumerate(lines)]
+    refuse_rows(f"Each row has one line in {path.name!r}, and its 'row' is a number from 0 on.", {i:n for i,n in enumerate(at) if not isinstance(n, int) or n<0 or at.index(n)<i})
+    by_row = {n: x['prediction'] if isinstance(x, dict) else x for n,x in zip(at, lines)}
+    return [by_row.get(i) for i in range(max(at)+1)]
+
+def _as_written(name, lines, rows)->list:
+    "What `predict` appended to a file."
+    from vlm_ft.evaluation.generation import Answers, row_key
+    done = {l['row']:l for l in lines}
+    if rows is not None: refuse_rows(f"{name!r} answers other prompts or pictures than these rows have.", {i:l['answer'] for i,l in sorted(done.items()) if i<len(rows) and l['key']!=row_key(rows[i])})
     return Answers((done[i]['answer'] if i in done else None for i in range(max(done, default=-1)+1)), (i for i,l in done.items() if not l['closed']))
 
 def one_each(
@@ -69,7 +86,7 @@ def one_each(
 # %% ../../nbs/evaluation/compare.ipynb #0074b35e
 def read_data(
     data,                # rows with answers: as for `load_rows`
-    groups=None,         # a label for each row, a function row -> label, the name of a field, or None: rows that show the same picture
+    groups=None,         # a label for each row, a function row -> label, the name of a field, or None: rows of one 'group', or of one picture
     limit:int|None=None, # only the first rows
 )->tuple:                # (rows in message form, group of each)
     "Rows to compare on; what is wrong with them is said at once."
@@ -127,14 +144,18 @@ class Comparison:
         groups=None,         # rows that are not independent, as for `read_data`
         title:str|None=None, # of the page
         form=clean,          # what is made alike before it is counted, as for `score`
+        metrics=None,        # names in METRICS; None: those of each row's task
     ):
         self.rows,self.groups = read_data(data, groups)
+        self.metrics = tuple(known_metrics(metrics) or ())
         self.answers,self.form,self.tasks = [accepted_answers(r) for r in self.rows],form,[r.get('task') or 'text' for r in self.rows]
         self.predictions,self.cut = one_each(predictions, len(self.rows)),{name:getattr(texts, 'cut', []) for name,texts in predictions.items()}
         self.names = list(self.predictions)
         self.title = title or f"{', '.join(self.names[:-1])}{' and '*(len(self.names)>1)}{self.names[-1]} on {len(self.rows):,} rows"
-        self.lines = [dict(task=task, **self.scored(metric, self.of(task))) for task in dict.fromkeys(self.tasks) for metric in metric_for(task)]
+        self.lines = [dict(task=task, **self.scored(metric, self.of(task))) for task in dict.fromkeys(self.tasks) for metric in self.measures(task)]
         self.judge_rows()
+
+    def measures(self, task:str)->tuple: "The metrics of a task's rows, the main one first."; return self.metrics or metric_for(task)
 
     def of(self, task:str)->list:
         "Numbers of a task's rows."
@@ -149,7 +170,7 @@ class Comparison:
         groups,first = self.groups[rows].tolist(),self.names[0]
         counts = {name:self.counts(metric, texts, rows) for name,texts in self.predictions.items()}
         changes = {name: judged(counts[first], counts[name], metric, groups) for name in self.names[1:]}
-        return dict(metric=metric, rows=len(rows), groups=len(set(groups)), counts=counts, scores={name:(rate(c), *interval(c, groups=groups)) for name,c in counts.items()},
+        return dict(metric=metric, rows=len(rows), groups=len(set(groups)), counts=counts, scores={name:(rate(c), *interval(c, groups=groups)) for name,c in counts.items()}, macro={name:mean_rate(c) for name,c in counts.items()},
                     changes=changes, verdicts={name:verdict(d) for name,d in changes.items()})
 
 # %% ../../nbs/evaluation/compare.ipynb #78d2f234
@@ -159,8 +180,12 @@ ARROW = {True:'↓', False:'↑'}   # lower is better, or higher
 def summary(self:Comparison)->list[dict]:
     "One dict a task and metric: a text for each model, and for each but the first what the difference is worth."
     between = lambda value,low,high: f"{value:.3f}" + ('' if low is None else f" [{low:.3f} – {high:.3f}]")
-    return [dict(task=l['task'], metric=f"{l['metric']} {ARROW[l['metric'] in LOWER_IS_BETTER]}", rows=l['rows'], **{n:between(*s) for n,s in l['scores'].items()},
-                 **{f'{n} against {self.names[0]}':words for n,(_,words) in l['verdicts'].items()}) for l in self.lines]
+    out = []
+    for l in self.lines:
+        head = dict(task=l['task'], metric=f"{l['metric']} {ARROW[l['metric'] in LOWER_IS_BETTER]}", rows=l['rows'])
+        out.append(dict(head, **{n:between(*s) for n,s in l['scores'].items()}, **{f'{n} against {self.names[0]}':words for n,(_,words) in l['verdicts'].items()}))
+        if uneven(l): out.append({k:'' for k in out[-1]} | dict(metric='  mean of rows', **{n:f"{m:.3f}" for n,m in l['macro'].items()}))
+    return out
 
 @patch
 def lead(self:Comparison)->list[str]:
@@ -176,20 +201,25 @@ def notes(self:Comparison)->list[str]:
     "What has to be known to read the numbers."
     n,k = len(self.rows),len(set(self.groups))
     empty = {name:sum(not t.strip() for t in texts) for name,texts in self.predictions.items()}
-    pictures = groups_of(self.rows)
+    pictures = groups_of(self.rows, picture_of)
     same = len(set(zip(self.groups, pictures)))==len(set(pictures))==k                # the groups are those of the pictures
     over = 'rows' if k==n else 'groups of rows of one picture' if same else 'groups of rows'
-    return [f"In brackets: 95 % interval over {k:,} {over}" + (f" ({n:,} rows)" if k<n else '') + ". ↓ lower is better, ↑ higher is better.",
+    return [f"In brackets: 95 % interval over {k:,} {over}" + (f" ({n:,} rows)" if k<n else '') + ". ↓ lower is better, ↑ higher is better." + (" The mean of rows weighs a short row as much as a long one." if any(map(uneven, self.lines)) else ''),
+            f"Texts are compared by {self.form}." if isinstance(self.form, Normalise) else f"Texts are compared as {getattr(self.form, '__name__', self.form)} makes them.",
+            *self._few(),
             *([f"Of {m} verdicts one in twenty would say better or worse by chance, were there no difference."] if (m := sum(len(l['changes']) for l in self.lines))>4 else []),
             *(f"{name} wrote nothing in {e:,} of {n:,} rows; they count as wrong." for name,e in empty.items() if e),
             *(f"{name} did not end {len(cut):,} of {n:,} answers, which are cut." for name,cut in self.cut.items() if cut)]
 
 @patch
-def markdown(self:Comparison)->str:
-    "The table and its notes in Markdown."
-    lines = self.summary()
-    row = lambda cells: '| ' + ' | '.join(str(c).replace('|', '\\|') for c in cells) + ' |'
-    return '\n'.join([row(lines[0]), row('---' for _ in lines[0]), *(row(l.values()) for l in lines), '', *(f'- {n}' for n in [*self.lead(), *self.notes()])]) + '\n'
+def _few(self:Comparison, least=10)->list[str]:
+    "A caution for each main metric that rests on a few wrong rows: resampling them cannot show how many more there might be."
+    out = []
+    for l in (next(l for l in self.lines if l['task']==task) for task in dict.fromkeys(self.tasks)):
+        for name,c in l['counts'].items():
+            wrong = int((each(c)>1e-12 if l['metric'] in LOWER_IS_BETTER else each(c)<1-1e-12).sum())
+            if wrong<least and not yes_or_no(np.asarray(c), getattr(c, 'of', ratio)): out.append(f"{name} has {wrong or 'no'} wrong row{'s'*(wrong!=1)} of {l['rows']:,} by {l['metric']}: with so few, the true figure may well be worse than the interval says.")
+    return out
 
 # %% ../../nbs/evaluation/compare.ipynb #8594d1dd
 def each(counts)->np.ndarray:
@@ -198,7 +228,7 @@ def each(counts)->np.ndarray:
 
 def _errors(c, name)->np.ndarray:
     "(n_rows, n_metrics+1) errors of a model's answers: by the task's metrics in their order, and by characters."
-    out = np.zeros((len(c.rows), 1+max(len(metric_for(t)) for t in c.tasks)))
+    out = np.zeros((len(c.rows), 1+max(len(c.measures(t)) for t in c.tasks)))
     for task in dict.fromkeys(c.tasks):
         for k,l in enumerate(l for l in c.lines if l['task']==task):
             share = each(l['counts'][name])
@@ -231,6 +261,12 @@ def telling(self:Comparison)->list:
     changed = [np.abs(g) for g in self.gains.values()] or list(self.errors.values())
     return _sorted(np.max(changed, axis=0), True)
 
+@patch
+def worth(self:Comparison, n:int)->list:
+    "Numbers of the `n` rows to look at: by turns the next that changed most, and the next of every order but the rows' own."
+    turns = itertools.chain.from_iterable(zip(self.telling(), *list(self.orders().values())[1:]))
+    return list(itertools.islice(dict.fromkeys(turns), n))
+
 # %% ../../nbs/evaluation/compare.ipynb #054124e2
 def _measured(measure, row):
     try: return measure(row)
@@ -244,13 +280,13 @@ def parts(self:Comparison)->list:
         values = {i:v for i in self.of(task) if (v := _measured(measure, self.rows[i])) is not None}     # a picture that cannot be read has no size
         labels = buckets([self.rows[i] for i in values], what) if len(values)>=8 else []
         found = {label:[i for i,l in zip(values, labels) if l==label] for label in sorted(set(labels), key=lambda l: min(v for v,k in zip(values.values(), labels) if k==l))}
-        if len(found)>1: out.append((task, what, [(label, self.scored(metric_for(task)[0], rows)) for label,rows in found.items()]))
+        if len(found)>1: out.append((task, what, [(label, self.scored(self.measures(task)[0], rows)) for label,rows in found.items()]))
     return out
 
 @patch
 def confused(self:Comparison)->dict:
     "name -> `confusions` of characters, in the rows of tasks that are measured by CER; empty without such rows."
-    mine = [i for i,t in enumerate(self.tasks) if metric_for(t)[0]=='cer']
+    mine = [i for i,t in enumerate(self.tasks) if self.measures(t)[0]=='cer']
     return {name:confusions([self.answers[i] for i in mine], [texts[i] for i in mine]) for name,texts in self.predictions.items()} if mine else {}
 
 @patch
@@ -262,6 +298,17 @@ def picture(self:Comparison,
     numbers = list(range(min(rows, len(self.rows)))) if isinstance(rows, int) else list(rows)
     shown = [dict(pictures=pictures_of(self.rows[i]['messages']), answers=self.answers[i], texts=[t[i] for t in self.predictions.values()], notes=[self.errors[n][i][-1] for n in self.names]) for i in numbers]
     return draw_report(shown, self.names, table(self.summary()).splitlines(), title or self.title)
+
+def _grid(lines:list)->list:
+    "Dicts of the same keys as lines of a Markdown table."
+    row = lambda cells: '| ' + ' | '.join(str(c).replace('|', '\\|') for c in cells) + ' |'
+    return [row(lines[0]), row('---' for _ in lines[0]), *(row(l.values()) for l in lines)]
+
+@patch
+def markdown(self:Comparison)->str:
+    "The table, its parts and its notes in Markdown."
+    parts = [dict(task=task, metric=p['metric'], part=label, rows=p['rows'], **{n:f"{s[0]:.3f}" for n,s in p['scores'].items()}) for task,_,found in self.parts() for label,p in found]
+    return '\n'.join([*_grid(self.summary()), '', *([*_grid(parts), ''] if parts else []), *(f'- {n}' for n in [*self.lead(), *self.notes()])]) + '\n'
 
 def _png(picture)->bytes:
     file = io.BytesIO(); picture.save(file, 'png')
@@ -284,10 +331,14 @@ def __repr__(self:Comparison): return '\n'.join([table(self.summary()), '', *sel
 def _repr_html_(self:Comparison): return cell_html(self)
 
 # %% ../../nbs/evaluation/compare.ipynb #a38fee07
-def _ready(name, model):
+def _ready(name, model, rows):
     "A model of `compare` as a function of rows, or its texts; what cannot be either is refused."
     from vlm_ft.checkpoint import check_folder, find
-    if isinstance(model, (str,Path)) and Path(model).suffix in ('.jsonl','.json'): return read_predictions(model)
+    if isinstance(model, str) and re.match('https?://', model):
+        if not (served := _SERVED.fullmatch(model)): raise ValueError(f"A server is asked for a model by its name.\nFound: {model}.\nTry: {model}#name-of-the-model.")
+        from vlm_ft.evaluation.endpoint import predict_endpoint
+        return partial(predict_endpoint, served[1], served[2], api_key=os.environ.get('OPENAI_API_KEY'))
+    if isinstance(model, (str,Path)) and Path(model).suffix in ('.jsonl','.json'): return read_predictions(model, rows)
     if isinstance(model, (str,Path)): check_folder(find(str(model)).folder); return model
     if isinstance(model, tuple) and len(model)==2 and hasattr(model[0], 'generate') or callable(model) and not hasattr(model, 'generate'): return model
     if isinstance(model, (list,tuple)): return model
@@ -298,6 +349,7 @@ def _run(model, rows, settings, load):
     import torch
     from vlm_ft.evaluation.generation import predict
     from vlm_ft.merging import FastVisionModel
+    if isinstance(model, partial): return model(rows, concurrency=settings.pop('batch_size'), **{k:v for k,v in settings.items() if k not in model.keywords})
     if callable(model): return model(rows)
     if isinstance(model, tuple): return predict(*model, rows, **settings)
     try: return predict(*FastVisionModel.from_pretrained(str(model), **load), rows, **settings)
@@ -306,12 +358,13 @@ def _run(model, rows, settings, load):
         if torch.cuda.is_available(): torch.cuda.empty_cache()
 
 def compare(
-    models,                  # {name: folder or hub id, (model, processor), function of rows, list of answers, or .jsonl file of them}, or a list of folders
+    models,                  # {name: folder or hub id, (model, processor), 'http://…/v1#model', function of rows, list of answers, or .jsonl file of them}, or a list of folders
     data,                    # rows with answers, or the path of a .jsonl file
-    groups=None,             # rows that are not independent: a label for each row, a function row -> label, the name of a field, or None: those that show the same picture
+    groups=None,             # rows that are not independent: a label for each row, a function row -> label, the name of a field, or None: those of one 'group' or picture
     batch_size:int=8, max_new_tokens:int=256,
     limit:int|None=None,     # only the first rows
     form=clean,              # what is made alike before it is counted, as for `score`
+    metrics=None,            # names in METRICS; None: those of each row's task
     title:str|None=None,     # of the page
     progress:bool=True,      # tell how far each model is
     resume=None,             # a folder that keeps each model's answers as they come: what is there is not answered again
@@ -319,9 +372,13 @@ def compare(
 )->Comparison:
     "Several models on the same rows: metrics with intervals, differences with verdicts, every row before and after."
     models = named(models)
+    known_metrics(metrics)
     rows,labels = read_data(data, groups, limit)
-    ready = {name:_ready(name, model) for name,model in models.items()}
-    answers = {name:m for name,m in ready.items() if isinstance(m, list) or isinstance(m, tuple) and all(isinstance(t, str) for t in m)}
+    ready = {name:_ready(name, model, rows) for name,model in models.items()}
+    if not any(isinstance(m, (str,Path)) for m in ready.values()): refuse_unknown(load, [p for p in inspect.signature(compare).parameters if p!='load'], 'compare, where no folder is loaded,')
+    answers = {name:_first(m, limit) for name,m in ready.items() if isinstance(m, list) or isinstance(m, tuple) and all(isinstance(t, str) for t in m)}
+    if resume is not None and (alone := [n for n,m in ready.items() if callable(m) and not isinstance(m, (partial,str,Path))]): raise ValueError(
+        f"The answers of a function are not kept, for nothing says when it answers otherwise.\nFound: resume={str(resume)!r} and the function {alone[0]!r}.\nTry: without resume, or 'http://…/v1#model' for a server.")
     one_each({name:answers.get(name, ['']*len(rows)) for name in ready}, len(rows))
     for name,model in ready.items():
         if name in answers: continue
@@ -329,4 +386,10 @@ def compare(
         file = {} if resume is None else {'resume':Path(resume)/f"{re.sub(r'[^-.=+@ a-zA-Z0-9_]', '_', name)}.jsonl"}
         answers[name] = _run(model, rows, dict(batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress, **file), load)
     answers = {name:answers[name] for name in ready}
-    return Comparison(rows, answers, labels, title, form)
+    return Comparison(rows, answers, labels, title, form, metrics)
+
+def _first(texts, limit):
+    "Answers to the first rows alone, where no more are compared."
+    from vlm_ft.evaluation.generation import Answers
+    if limit is None or len(texts)<=limit: return texts
+    return Answers(texts[:limit], [i for i in texts.cut if i<limit]) if isinstance(texts, Answers) else texts[:limit]

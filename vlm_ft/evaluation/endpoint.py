@@ -38,7 +38,8 @@ def ask(
         wait = pause_s*2**attempt
         try:
             with urllib.request.urlopen(request, timeout=timeout_s) as r: choice = json.load(r)['choices'][0]
-            return choice['message']['content'] or '', choice.get('finish_reason')!='length'
+            said = choice['message']['content'] or ''
+            return said if isinstance(said, str) else ''.join(p.get('text') or '' for p in said), choice.get('finish_reason')!='length'
         except urllib.error.HTTPError as e:
             found = f"HTTP {e.code}: {e.read()[:300].decode('utf-8', 'replace')}"
             if e.code not in (408,409,429) and e.code<500: raise EndpointError(found) from e
@@ -57,6 +58,7 @@ def predict_endpoint(
     resize=None,             # longest side in pixels, or (width, height) to fit into
     api_key:str|None=None,
     temperature:float=0., seed:int=0,
+    more:dict|None=None,     # of the request, where a server wants it otherwise; None leaves a key out: {'max_tokens':None, 'max_completion_tokens':256}
     retries:int=4, timeout_s:float=120.,
     resume=None,             # a .jsonl file that answers are appended to as they come; those in it are not asked for again
     progress:bool=True,
@@ -65,7 +67,7 @@ def predict_endpoint(
     if not url.startswith(('http://','https://')): raise ValueError(f"url is the address of a server.\nFound: {url!r}.\nTry: 'http://localhost:8000/v1'.")
     to = url.rstrip('/') if url.rstrip('/').endswith('/chat/completions') else url.rstrip('/')+'/chat/completions'
     resize,keys = box_of(resize),for_rows(row_key, rows)
-    made_by = dict(url=to, model=model, resize=resize if resize is None else str(resize), max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    made_by = dict(url=to, model=model, resize=resize if resize is None else str(resize), max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, **({'more':more} if more else {}))
     ledger = Ledger(resume, made_by, keys) if resume else None
     done,headers = dict(ledger.done) if ledger else {},{'Authorization':f'Bearer {api_key}'} if api_key else {}
     todo = [i for i in range(len(rows)) if i not in done]
@@ -73,7 +75,8 @@ def predict_endpoint(
     def one(i):
         try: messages = as_openai(rows[i], resize)
         except DataError as e: raise DataError([(i, text) for _,text in e.problems]) from e
-        try: return ask(to, dict(model=model, messages=messages, max_tokens=max_new_tokens, temperature=temperature, seed=seed), headers, retries, timeout_s)
+        body = dict(model=model, messages=messages, max_tokens=max_new_tokens, temperature=temperature, seed=seed) | (more or {})
+        try: return ask(to, {k:v for k,v in body.items() if v is not None}, headers, retries, timeout_s)
         except EndpointError as e: raise EndpointError(f"{to} did not answer row {i}.\nFound: {e}\nTry: see that the server runs and knows the model {model!r}"
                                                        + (f"; {len(done)} answers are in {resume}, and the next run goes on from there." if ledger else "; resume='answers.jsonl' keeps what has come.")) from e
     with ThreadPoolExecutor(concurrency) as pool:

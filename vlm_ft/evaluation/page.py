@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['LIGHT', 'DARK', 'STYLE', 'SHAPES', 'NAMES', 'TITLES', 'KINDS', 'SCRIPT', 'PAGE', 'MARKED', 'contrast', 'shape',
-           'top_of', 'plot', 'between', 'called', 'scores_html', 'parts_html', 'sign', 'confusions_html', 'marked_html',
-           'did', 'Thumbnails', 'row_html', 'tools_html', 'document', 'page_html', 'cell_html']
+           'top_of', 'plot', 'between', 'called', 'uneven', 'scores_html', 'parts_html', 'sign', 'confusions_html',
+           'marked_html', 'did', 'Thumbnails', 'row_html', 'tools_html', 'document', 'page_html', 'cell_html']
 
 # %% ../../nbs/evaluation/page.ipynb #3606da7a
 import base64,hashlib
 from html import escape
 from ..data import pictures_of
 from ..messages import DataError
-from .metrics import LOWER_IS_BETTER,metric_for
+from .metrics import LOWER_IS_BETTER
 from .report import data_uri,marks,thumbnail,visible
 
 # %% ../../nbs/evaluation/page.ipynb #50fdccdf
@@ -141,16 +141,23 @@ def called(metric:str)->str:
     "A metric's name and direction."
     return f"{NAMES.get(metric, metric.replace('_', ' '))} {'↓ lower is better' if metric in LOWER_IS_BETTER else '↑ higher is better'}"
 
+def uneven(
+    line:dict, # of `Comparison.lines`
+)->bool:
+    "Whether the mean of the rows' own values is another number than the value over all rows together."
+    return any(abs(m-line['scores'][n][0])>=5e-4 for n,m in line['macro'].items())
+
 def scores_html(c)->str:
     "Every metric of every model, with plots and verdicts."
     def line(l):
         top = top_of([v for s in l['scores'].values() for v in s if v is not None])
         rows = l['rows']==l['groups'] and f"{l['rows']:,} rows" or f"{l['rows']:,} rows in {l['groups']:,} groups"
         head = f'<tr><th scope="rowgroup" colspan="4">{escape(l["task"])} · {escape(called(l["metric"]))} <small>{rows}</small></th></tr>'
+        def mean(name): return f'<br><small>mean of rows {l["macro"][name]:.3f}</small>' if uneven(l) else ''
         def one(k, name):
             said = l['verdicts'].get(name)
             word = '' if said is None else f'<span class="{KINDS.get(said[0], "soft")}"><span aria-hidden="true">{TITLES[said[0]]}</span> {escape(said[1])}</span>'
-            return (f'<tr><th scope="row" class="name">{shape(k)}{escape(name)}</th><td class="number">{between(*l["scores"][name])}</td>'
+            return (f'<tr><th scope="row" class="name">{shape(k)}{escape(name)}</th><td class="number">{between(*l["scores"][name])}{mean(name)}</td>'
                     f'<td class="plot">{plot([(k,l["scores"][name])], top, k==len(c.names)-1)}</td><td class="verdict">{word}</td></tr>')
         return f'<tbody>{head}{"".join(one(k, n) for k,n in enumerate(c.names))}</tbody>'
     lead = ''.join(f'<p>{escape(t)}</p>' for t in c.lead())
@@ -167,7 +174,7 @@ def parts_html(c)->str:
             said = ', '.join(f'{escape(n)} {s[0]:.3f}' for n,s in p['scores'].items())
             return (f'<tr><th scope="row">{label}<br><small>{p["rows"]:,} rows</small></th><td class="plot" style="width:60%" role="img" aria-label="{said}">'
                     f'{plot([(k,p["scores"][n]) for k,n in enumerate(c.names)], top, i==len(parts)-1)}</td></tr>')
-        metric = metric_for(task)[0]
+        metric = c.measures(task)[0]
         return f'<div><h3>{escape(task)} · {escape(called(metric))}</h3><table><thead><tr><th scope="col">{what}</th><th></th></tr></thead><tbody>{"".join(row(i, *p) for i,p in enumerate(parts))}</tbody></table></div>'
     blocks = [one(*b) for b in c.parts()]
     if not blocks: return ''
@@ -327,16 +334,16 @@ MARKED = '<p class="soft">Marked against the nearest accepted answer: <ins>under
 
 def page_html(
     c,                 # a Comparison
-    max_rows:int=1000, # rows that are shown, those that changed most first
+    max_rows:int=1000, # rows that are shown, those that changed most and the worst of each model first
     max_mb:float=16,   # of pictures
 )->str:
     "A comparison as a page."
     orders = c.orders()
-    first = c.telling()[:max_rows]
+    first = c.worth(max_rows)
     keep,thumbs = sorted(first),Thumbnails(c, first, int(max_mb*2**20))
     place = [{i:k for k,i in enumerate(o)} for o in orders.values()]
     shown = '\n'.join(row_html(c, i, thumbs.of(i), [p[i] for p in place]) for i in keep)
-    said = [*([f"{len(c.rows)-len(keep):,} of {len(c.rows):,} rows are left out: those that changed least. The scores count all of them."] if len(keep)<len(c.rows) else []),
+    said = [*([f"{len(c.rows)-len(keep):,} of {len(c.rows):,} rows are left out: those that changed least and are not among the worst. The scores count all of them."] if len(keep)<len(c.rows) else []),
             *([f"{thumbs.left_out:,} pictures are left out: the page holds {max_mb:g} MB of them."] if thumbs.left_out else []),
             *([f"Pictures that cannot be read any more: {len(thumbs.lost)}, of row {', '.join(map(str, thumbs.lost[:12]))}{' …' if len(thumbs.lost)>12 else ''}."] if thumbs.lost else [])]
     left = f'<ul class="soft">{"".join(f"<li>{s}</li>" for s in said)}</ul>' if said else ''

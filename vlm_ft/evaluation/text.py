@@ -32,6 +32,10 @@ class Normalise:
         if not self.punctuation: text = ''.join(c for c in text if not unicodedata.category(c).startswith('P'))
         return text.strip() if self.space=='outer' else (' ' if self.space=='runs' else '').join(text.split())
 
+    def __str__(self):
+        left = ['case']*(not self.case) + ['punctuation']*(not self.punctuation) + [{'outer':'white space at the ends', 'runs':'how long white space is', 'all':'white space'}[self.space]]
+        return f"Unicode {self.unicode}, without regard to {', '.join(left[:-1])}{' and '*(len(left)>1)}{left[-1]}"
+
 clean = Normalise()                          # what metrics count unless told otherwise
 fold = Normalise(case=False, space='runs')   # what `accuracy` compares
 
