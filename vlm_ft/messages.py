@@ -277,7 +277,9 @@ def _group(row:dict)->dict:
 
 def _pixels(row:dict):
     "The row's own bound of its pictures' area; None where it has none."
+    if row.get('min_pixels') is not None: raise wrong("a row bounds its pictures from above alone.", f"min_pixels={row['min_pixels']!r}", "min_pixels in from_pretrained, for all rows.")
     n = row.get('max_pixels')
+    if isinstance(n, str) and n.isdecimal(): n = int(n)                                            # of a table, all of whose cells are texts
     if n is None or isinstance(n, int) and not isinstance(n, bool) and n>0: return n
     raise wrong("max_pixels is no number of pixels.", n, "a whole positive number, or leave it out.")
 
@@ -291,6 +293,7 @@ def to_messages(
     if bad := _misspelt(row): raise wrong("a row has keys that would be ignored, and look like known ones.", ', '.join(bad), "that name, or one that is not so near.")
     if row.get('task') is not None: _text(row['task'], "a task")
     extra = {k:v for k,v in dict(task=row.get('task'), answers=_answers(row), max_pixels=_pixels(row)).items() if v} | _group(row)
+    if row.get('image') is not None and row.get('images') is not None: raise wrong("a row has pictures in two places, and one would be ignored.", "image and images", "one of them.")
     pictures = next((row[k] for k in ('images','image') if row.get(k) is not None), [])
     pictures = [reference(p, root) for p in (pictures if isinstance(pictures, list) else [pictures])]
     if row.get('messages') is None and row.get('question') is None:
