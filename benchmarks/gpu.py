@@ -13,9 +13,10 @@ HERE = Path(__file__).resolve().parent
 def speed(arch, name): return f'speed.py --arch {arch} --checkpointing --step-rows 16 --gib 78 --together --warm 40 --folder {{checkpoints}} --out {{out}}/speed-{name}.jsonl --plot {{out}}/speed-{name}.png --who '
 RUNS = {
     'step 2b':              'step.py --arch qwen2vl-2b --folder {checkpoints} --out {out}/step.jsonl --plot {out}/step.png',
+    'step of 4 rows 2b':    'step.py --arch qwen2vl-2b --rows 4 --setting plain compiled --folder {checkpoints} --out {out}/step-4.jsonl',
     'all parts 2b':         speed('qwen2vl-2b', '2b')+'ours unsloth --rows 16 4',
     'tower frozen 2b':      speed('qwen2vl-2b', '2b')+'ours unsloth --rows 16 --vision-frozen',
-    'least memory 2b':      speed('qwen2vl-2b', '2b')+'''ours --rows 16 4 1 --switches {{"activation_gib":0}}''',
+    'least memory 2b':      speed('qwen2vl-2b', '2b')+'''ours unsloth --rows 4 16 --switches {{"activation_gib":0}}''',
     'plan':                 'plan.py --minutes 60 --out {out}/plan.jsonl',   # it is this file that ends it
     'all parts 7b':         speed('qwen2vl-7b', '7b')+'ours unsloth --rows 8',
     '4 bit 7b':             speed('qwen2vl-7b', '7b')+'ours unsloth --rows 8 --bits 4',

@@ -1427,6 +1427,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'vlm_ft.resolution._adapted': ('resolution.html#_adapted', 'vlm_ft/resolution.py'),
                                    'vlm_ft.resolution._captioned': ('resolution.html#_captioned', 'vlm_ft/resolution.py'),
                                    'vlm_ft.resolution._part': ('resolution.html#_part', 'vlm_ft/resolution.py'),
+                                   'vlm_ft.resolution._taken': ('resolution.html#_taken', 'vlm_ft/resolution.py'),
                                    'vlm_ft.resolution.as_shown': ('resolution.html#as_shown', 'vlm_ft/resolution.py'),
                                    'vlm_ft.resolution.show_resolutions': ('resolution.html#show_resolutions', 'vlm_ft/resolution.py')},
             'vlm_ft.resume': { 'vlm_ft.resume.check_checkpoint': ('resume.html#check_checkpoint', 'vlm_ft/resume.py'),

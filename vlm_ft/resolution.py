@@ -48,13 +48,14 @@ class Resolutions:
 def show_resolutions(
     rows, processor,
     model,                                # loaded or not: its config will do
-    budgets=(1_003_520,401_408,100_352),  # max_pixels to try
+    budgets=None,                         # max_pixels to try; None: a million, and about two and ten times less, as far as the family goes down
     n:int=3,                              # rows that are shown
     width:int=420,                        # pixels of a picture on the sheet
     crop:bool=True,                       # the middle of a large picture at its own size; False: all of it, shrunk
 )->Resolutions:
     "The first picture of some rows at several budgets, with the tokens of the row and the memory of its step."
     family = as_family(model)
+    budgets = budgets or [b for b in (1_003_520, 401_408, 100_352) if _taken(b, processor, family)]
     net,mode = hollow(family.config, adapt=_adapted)
     lines,columns = [],[]
     for row in [r for r in map(to_messages, rows) if pictures_of(r['messages'])][:n]:
@@ -74,6 +75,11 @@ def show_resolutions(
     for i,column in enumerate(columns):
         for j,cell in enumerate(column): sheet.paste(cell, (j*(width+10), sum(heights[:i])+10*i))
     return Resolutions(lines, sheet)
+
+def _taken(budget:int, processor, family)->bool:
+    "Whether the family can bound pictures so."
+    try: return bool(family.bounded(processor, budget))
+    except ValueError: return False
 
 def _adapted(model):
     return get_peft_model(model, r=16)
