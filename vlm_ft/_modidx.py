@@ -401,6 +401,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'vlm_ft.doctor_page': { 'vlm_ft.doctor_page.Checkup._repr_html_': ( 'doctor_page.html#checkup._repr_html_',
                                                                                 'vlm_ft/doctor_page.py'),
                                     'vlm_ft.doctor_page.Checkup.page': ('doctor_page.html#checkup.page', 'vlm_ft/doctor_page.py'),
+                                    'vlm_ft.doctor_page.Checkup.record': ('doctor_page.html#checkup.record', 'vlm_ft/doctor_page.py'),
                                     'vlm_ft.doctor_page._picture': ('doctor_page.html#_picture', 'vlm_ft/doctor_page.py'),
                                     'vlm_ft.doctor_page._text': ('doctor_page.html#_text', 'vlm_ft/doctor_page.py'),
                                     'vlm_ft.doctor_page.answers_html': ('doctor_page.html#answers_html', 'vlm_ft/doctor_page.py'),

@@ -212,26 +212,29 @@ def predict_options(p):
 
 # %% ../nbs/cli.ipynb #bf261e75
 def check(a):
-    "Look at rows before training: what they hold, what is wrong, what to do; exits with 1 if training would refuse any."
+    "Look at rows before training: what they hold, what is wrong, what to do; exits with 1 if training would refuse any, and with --strict for a warning too."
     from vlm_ft.doctor_page import check_data
     from vlm_ft.mending import mend
     from vlm_ft.preflight import check_room
-    if a.report: check_room(Path(a.report).parent)
+    for path in a.report or ():
+        if Path(path).suffix.lower() not in ('.html','.json'): raise ValueError(f"--report writes .html or .json.\nFound: {path}.")
+        check_room(Path(path).parent)
     if a.fix and Path(a.fix).exists(): raise FileExistsError(f"--fix writes a new folder.\nFound: {a.fix} exists.\nTry: another name.")
     rows,held = (source and opened_rows(a, source) for source in (a.rows, a.test))
     checkup = check_data(rows, a.model, test=held, max_seq_length=a.max_seq_length, min_pixels=a.min_pixels, max_pixels=a.max_pixels, limit=a.limit, workers=a.workers)
     print(checkup)
-    if a.report: print(f"The page is {checkup.page(a.report, f'{Path(a.rows).name}, checked for {Path(a.model).name}')}.")
+    for path in a.report or (): print(checkup.record(path) if Path(path).suffix.lower()=='.json' else checkup.page(path, f'{Path(a.rows).name}, checked for {Path(a.model).name}'))
     if a.fix:
         written = mend(checkup, a.fix, rows, held)
         print(f"A clean copy is in {a.fix}: {', '.join(f'{n:,} {split}' for split,n in written.items())} rows; changes.jsonl says what was done.")
-    if checkup.refused(): raise SystemExit(1)
+    if checkup.refused() or a.strict and any(f.degree=='warning' for f in checkup.findings.values()): raise SystemExit(1)
 
 def check_options(p):
     p.add_argument('rows', help='rows to train on: a file, a folder or a dataset of the hub'); p.add_argument('--model', required=True, help='folder or hub id; its weights are not needed')
     row_options(p)
     p.add_argument('--test', help='held-out rows: checked too, and for what they share with the others')
-    p.add_argument('--report', help='an .html file that shows findings with their rows'); p.add_argument('--fix', help='folder for a clean copy; the source is not touched')
+    p.add_argument('--report', action='append', help='a file to write: .html shows findings with their rows, .json lists them all; may be given again'); p.add_argument('--strict', action='store_true', help='a warning is enough to exit with 1')
+    p.add_argument('--fix', help='folder for a clean copy; the source is not touched')
     p.add_argument('--max-seq-length', type=int, default=2048, help='tokens of the longest row, image tokens included')
     p.add_argument('--min-pixels', type=int, help='least area of a picture'); p.add_argument('--max-pixels', type=int, help='greatest area of a picture')
     p.add_argument('--limit', type=int, help='only the first rows'); p.add_argument('--workers', type=int, help='threads that open pictures; the default is one a core')
@@ -240,6 +243,7 @@ def check_options(p):
 def plan(a):
     "Say what a run takes in memory, and which batch fits; from small files alone, without weights."
     from vlm_ft.planning import plan as planned
+    if a.picture and Path(a.picture).suffix.lower()!='.png': raise ValueError(f"--picture writes .png.\nFound: {a.picture}.")
     print("Running a step without data, forward and backward: some tens of seconds for a large model.", file=sys.stderr, flush=True)
     found = planned(a.model, a.data and opened_rows(a, a.data), gpu_gib=a.gpu_gib, batch=a.batch, max_seq_length=a.max_seq_length, min_pixels=a.min_pixels, max_pixels=a.max_pixels, load_in_4bit=a.load_in_4bit, load_in_8bit=a.load_in_8bit,
                     full_finetuning=a.full, r=a.r, finetune_vision_layers=not a.no_vision, finetune_language_layers=not a.no_language, finetune_attention_modules=not a.no_attention, finetune_mlp_modules=not a.no_mlp)

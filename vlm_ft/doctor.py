@@ -316,6 +316,7 @@ def check_data(
     processor,family,max_seq_length = reader_of(model, processor, max_seq_length, min_pixels, max_pixels)
     c,start = Checkup(processor, family, max_seq_length, resize),time.monotonic()
     splits = {split:open_rows(source) for split,source in dict(train=rows, test=test).items() if source is not None}
+    if streams := [split for split,source in splits.items() if not hasattr(source, '__len__')]: raise ValueError(f"A checkup goes through rows more than once, and a stream comes once.\nFound: a stream of {streams[0]} rows.\nTry: list(itertools.islice(rows, 1000)).")
     with hearing(), large_blocks():
         for split,source in splits.items(): _split_in(c, split, source, limit, workers or min(8, os.cpu_count() or 1), progress)
     _together(c)

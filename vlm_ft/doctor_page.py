@@ -7,6 +7,7 @@ __all__ = ['LOOK', 'histogram', 'numbers_html', 'table_html', 'row_html', 'findi
            'checkup_html']
 
 # %% ../nbs/doctor_page.ipynb #502b5442
+import json
 from html import escape
 from pathlib import Path
 from fastcore.basics import patch
@@ -130,3 +131,12 @@ def page(self:Checkup,
 )->Path:                    # where it is
     "One HTML file with everything in it. No script, nothing from a network."
     return write_whole(path, document(title, checkup_html(self)).encode('utf-8', 'replace'))
+
+@patch
+def record(self:Checkup,
+    path, # the JSON file to write
+)->Path:  # where it is
+    "Every finding with all its rows, for a program to read."
+    findings = [dict(degree=f.degree, what=f.what, do=f.do, rows=[dict(split=split, row=n, **({'found':f.each[split,n]} if (split,n) in f.each else {'found':[f.found]} if k==0 and f.found else {}),
+                                                                       **({'like':f.like[split,n]} if (split,n) in f.like else {})) for k,(split,n) in enumerate(f.rows)]) for f in self.sorted()]
+    return write_whole(path, json.dumps(dict(rows=dict(self.n_rows), findings=findings), indent=1, ensure_ascii=False).encode('utf-8', 'replace'))

@@ -18,6 +18,7 @@ from .messages import DataError, open_image, opened, part, reference
 KINDS = {  # what a picture may be: (how grave, what is said, what becomes of it)
     'turned':      ('note', "a picture is stored lying or mirrored, as its EXIF note says", "it is turned upright"),
     '16-bit':      ('note', "a picture has 16 bits a channel", "it is scaled to 8"),
+    'low bits':    ('warning', "a picture has 16 bits and uses the low ones alone, as 12-bit scanners write it", "it comes out nearly black: scale its values to the whole range"),
     'transparent': ('note', "a picture is partly transparent", "it is laid on white"),
     'CMYK':        ('note', "a picture is in the inks of print (CMYK)", "it is converted to RGB without a colour profile, so colours may shift"),
     'palette':     ('note', "a picture has a palette", "each pixel takes its colour, and nothing is lost"),
@@ -80,7 +81,7 @@ def look(
     kinds,_heard.texts = [],(texts := [])
     try:
         with PIXELS.of(n_decoded(src)):
-            with opened(src) as im: kinds = kinds_of(im)
+            with opened(src) as im: kinds = kinds_of(im) + ['low bits']*(im.mode.startswith('I;16') and 255<im.getextrema()[1]<2**12)
             seen = fingerprint(open_image(src))
             if 'transparent' in kinds:
                 with opened(src) as im: clear = im.convert('RGBA').getchannel('A').getextrema()[0]<255
