@@ -128,7 +128,7 @@ def test_shapes_are_counted_or_refused(size, name):
 # --- rows
 
 anything = st.characters() | st.characters(categories=['Cs','Cc','Cf'])             # half of a surrogate pair, too: JSON can hold one
-text = st.text(anything, max_size=12) | st.sampled_from(['', ' ', '\n', '<|im_end|>', '<image>', '<|image|>', '[IMG]', '</s>', '{{ 1 }}', 'data:image/png;base64,AA==', 'http://x/a.png', 'file://[', 'a\0.png', '../a.png', '/dev/zero', 'a'*5000])
+text = st.text(anything, max_size=12) | st.sampled_from(['', ' ', '\n', '<|im_end|>', '<image>', '<|image|>', '[IMG]', '</s>', '{{ 1 }}', 'data:image/png;base64,AA==', 'http://x/a.png', 'file://[', 'a\0.png', '../a.png', '/dev/zero', 'a'*5000, 'half a \ud800'])
 plain = st.sampled_from(['What?','a word','Zoë','12.50'])
 scalar = st.none() | st.booleans() | st.integers() | st.floats() | text | st.binary(max_size=8)
 keys = st.sampled_from(['messages','images','image','question','answer','answers','task','role','content','type','text','image_url','url','bytes','path','system','group','id','from','value']) | text | st.integers(0, 3)

@@ -28,7 +28,8 @@ class DataError(ValueError):
 
 def wrong(what:str, found, do:str)->DataError:
     "One problem, in the three parts that every message here has."
-    found = found if isinstance(found, str) else repr(found)
+    try: found = found if isinstance(found, str) else repr(found)
+    except ValueError: found = f"a {type(found).__name__} with a number of thousands of digits"     # Python does not write it
     return DataError(f"{what}\nFound: {found if len(found)<=200 else found[:200]+'…'}\nTry: {do}")
 
 # %% ../nbs/messages.ipynb #5563047b
@@ -202,8 +203,9 @@ PICTURE = ('image','image_url','bytes','url','path')     # keys that hold an ima
 
 def _text(x, what:str)->str:
     "A string, and nothing that only looks like one (NaN and None are what empty cells of a table become)."
-    if isinstance(x, str): return x
-    raise wrong(f"{what} is not a string.", x, "write it as a string, or leave the row out.")
+    if not isinstance(x, str): raise wrong(f"{what} is not a string.", x, "write it as a string, or leave the row out.")
+    if not x.isascii() and (half := re.search('[\ud800-\udfff]', x)): raise wrong(f"{what} holds half a character, which no tokenizer reads.", ascii(x[max(0, half.start()-20):half.end()+20]), "remove it, or write the whole one.")
+    return x
 
 def _part(part, pictures:list, root)->dict:
     "One part of a turn; an image part without a picture takes the next of the row's own."
@@ -265,7 +267,7 @@ def _answers(row:dict)->list:
     asked = row.get('messages') is None and 'answer' in row    # a dataset may hold both forms, with None in the one not used
     answers = row.get('answer') if asked or row.get('answer') is not None else row.get('answers') or []
     if not isinstance(answers, list) or asked and not answers: answers = [answers]
-    answers = [str(a) if isinstance(a, int) and not isinstance(a, bool) else a for a in answers]         # a whole number is written in one way
+    answers = [str(a) if isinstance(a, int) and not isinstance(a, bool) and abs(a)<10**18 else a for a in answers]   # a whole number is written in one way
     if any(not _text(a, "an answer").strip() for a in answers): raise wrong("an answer is empty.", answers, "write it, or leave the row out.")
     return answers
 
