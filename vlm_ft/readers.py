@@ -124,10 +124,11 @@ def split_name(source:str)->tuple: # (path or hub id, split or None)
     found = None if Path(source).exists() else re.fullmatch(r'(..+?):([\w.+-]+(?:\[[^\]]*\])?)', source)
     return found.groups() if found else (source, None)
 
-def hub_id(name:str)->str|None:
-    "The dataset of the hub that a name means; None for what can only be a path."
-    found = re.fullmatch(r'(?:hf://datasets/)?([\w-]+[\w.-]*)/([\w.-]+)', name)
-    return None if not found or Path(name).suffix.lower() in (*CONTAINERS,*PICTURES,'.xml','.pdf','.hocr','.html') or Path(found[1]).exists() else f'{found[1]}/{found[2]}'
+def hub_id(name:str)->tuple|None: # (owner/name, configuration or None)
+    "The dataset of the hub that a name means, or a part of it, which needs the hub's prefix; None for what can only be a path."
+    found = re.fullmatch(r'(hf://datasets/)?([\w-]+[\w.-]*)/([\w.-]+)(?:/([\w.-]+))?', name)
+    if not found or found[4] and not found[1] or Path(name).suffix.lower() in (*CONTAINERS,*PICTURES,'.xml','.pdf','.hocr','.html') or Path(found[2]).exists(): return None
+    return f'{found[2]}/{found[3]}', found[4]
 
 def one_split(splits, split, what:str):
     "One of a dataset's splits; where there are several, the one that is named."
@@ -137,10 +138,15 @@ def one_split(splits, split, what:str):
         raise ValueError((f"{what} has several splits." if split is None else f"{what} has no split {split!r}.{nearest(split, names)}") + f"\nFound: {', '.join(names)}.\nTry: load_rows('{what}:{names[0]}').")
     return split
 
-def from_hub(name:str, split=None):
-    "A dataset of the hub."
+def from_hub(name:str, config=None, split=None):
+    "A dataset of the hub, in one of its configurations."
     import datasets
-    return datasets.load_dataset(name, split=one_split(datasets.get_dataset_split_names(name), split, name))
+    configs = datasets.get_dataset_config_names(name)
+    if config is None: config = configs[0] if len(configs)==1 else 'default' if 'default' in configs else None
+    if config not in configs: raise ValueError((f"{name} has several configurations." if config is None else f"{name} has no configuration {config!r}.{nearest(config, configs)}")
+                                               + f"\nFound: {', '.join(configs)}.\nTry: load_rows('hf://datasets/{name}/{configs[0]}').")
+    what = name if len(configs)==1 else f'hf://datasets/{name}/{config}'
+    return datasets.load_dataset(name, config, split=one_split(datasets.get_dataset_split_names(name, config), split, what))
 
 _SHARD = re.compile(r'(\w+(?:\.\w+)*)-(\d{5})-of-(\d{5})\.parquet')
 
@@ -210,7 +216,7 @@ def streamed(stream, format, columns, root):
 
 # %% ../nbs/readers.ipynb #c17d2879
 def open_rows(
-    source,       # path of a file or folder, 'folder:split', 'owner/name:split' of the hub, list of rows, or Hugging Face dataset
+    source,       # path of a file or folder, 'folder:split', 'owner/name:split' of the hub, 'hf://datasets/owner/name/configuration:split', list of rows, or Hugging Face dataset
     format=None,  # a name in FORMATS; None: recognised
     columns=None, # 'image=scan, answer=text, question="Read the text."', or a dict
     root=None,    # folder that pictures' paths start from and do not leave; None: the file's own
@@ -256,7 +262,7 @@ def _opened(name:str, split):
     path = Path(name)
     if path.is_dir() and (made := from_disk(path, split)) is not None: return made
     if path.exists() and split is None: return path
-    if not path.exists() and (hub := hub_id(name)): return from_hub(hub, split)
+    if not path.exists() and (hub := hub_id(name)): return from_hub(*hub, split)
     if path.is_dir():
         below = sorted(p.name for p in path.iterdir() if p.is_dir())
         if split in below: return _opened(str(path/split), None)
