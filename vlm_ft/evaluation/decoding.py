@@ -188,7 +188,7 @@ class Recorded:
         with torch.cuda.stream(aside): self.f(**own)                                  # libraries make what they need at a first call
         torch.cuda.current_stream().wait_stream(aside)
         try:
-            with torch.cuda.graph(graph, pool=self.pool): out = self.f(**own)
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode='thread_local'): out = self.f(**own)   # a loader's thread may pin memory meanwhile
         except RuntimeError as e:
             self.fails,self.takes = e,{}
             print(f"Steps are launched piece by piece, which is slower: this model's cannot be recorded ({str(e).splitlines()[0]}).")
