@@ -166,5 +166,5 @@ def test_one_size_everywhere(name, tmp_path):
 def test_bounds_that_cannot_be_kept(tmp_path):
     _,processor = tiny('qwen2_vl'); family = family_for(tiny('qwen2_vl')[0])
     with pytest.raises(DataError, match='Row 1: max_pixels cannot be kept'): check_rows([row('a'), row('a', max_pixels=5)], processor, family)
-    for bad in (0, -1, 1.5, '9', True):
+    for bad in (0, -1, 1.5, '9.5', 'nine', True):
         with pytest.raises(DataError, match='max_pixels is no number'): check_rows([row('a', max_pixels=bad)], processor, family)

@@ -243,8 +243,9 @@ def test_names_and_weights_of_turns(tmp_path, capsys):
 def test_a_dataset_of_the_hub(monkeypatch, capsys):
     import datasets
     asked = []
-    monkeypatch.setattr(datasets, 'get_dataset_split_names', lambda name: ['train','test'])
-    monkeypatch.setattr(datasets, 'load_dataset', lambda name, split: asked.append((name, split)) or datasets.Dataset.from_list([{'image':drawn(),'question':'q','answer':'a'}]))
+    monkeypatch.setattr(datasets, 'get_dataset_config_names', lambda name: ['default'])
+    monkeypatch.setattr(datasets, 'get_dataset_split_names', lambda name, config: ['train','test'])
+    monkeypatch.setattr(datasets, 'load_dataset', lambda name, config, split: asked.append((name, split)) or datasets.Dataset.from_list([{'image':drawn(),'question':'q','answer':'a'}]))
     assert len(load_rows('owner/name:train'))==1 and len(load_rows('hf://datasets/owner/name:test[:10%]'))==1
     assert asked==[('owner/name','train'),('owner/name','test[:10%]')] and 'name: 1 row, read as rows' in capsys.readouterr().out
     with pytest.raises(ValueError, match='Found: train, test'): load_rows('owner/name')
