@@ -537,6 +537,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'vlm_ft/evaluation/compare.py'),
                                            'vlm_ft.evaluation.compare._run': ( 'evaluation/compare.html#_run',
                                                                                'vlm_ft/evaluation/compare.py'),
+                                           'vlm_ft.evaluation.compare._served': ( 'evaluation/compare.html#_served',
+                                                                                  'vlm_ft/evaluation/compare.py'),
                                            'vlm_ft.evaluation.compare._sorted': ( 'evaluation/compare.html#_sorted',
                                                                                   'vlm_ft/evaluation/compare.py'),
                                            'vlm_ft.evaluation.compare.compare': ( 'evaluation/compare.html#compare',

@@ -58,8 +58,8 @@ def read_predictions(
     if not lines: raise ValueError(f"{path.name!r} holds no answers.")
     if isinstance(lines[0], dict) and 'made_by' in lines[0]: return _as_written(path.name, lines[1:], rows)
     refuse_rows(f"A line of {path.name!r} is a text, or has a 'prediction'.", {i:list(x) for i,x in enumerate(lines) if isinstance(x, dict) and 'prediction' not in x})
-    at = [x.get('row', i) if isinstance(x, dict) else i for i,x in enumerate(lines)]
-    refuse_rows(f"Each row has one line in {path.name!r}, and its 'row' is a number from 0 on.", {i:n for i,n in enumerate(at) if not isinstance(n, int) or n<0 or at.index(n)<i})
+    at,seen = [x.get('row', i) if isinstance(x, dict) else i for i,x in enumerate(lines)],set()
+    refuse_rows(f"Each row has one line in {path.name!r}, and its 'row' is a number from 0 on.", {i:n for i,n in enumerate(at) if not isinstance(n, int) or n<0 or n in seen or seen.add(n)})
     by_row = {n: x['prediction'] if isinstance(x, dict) else x for n,x in zip(at, lines)}
     return [by_row.get(i) for i in range(max(at)+1)]
 
@@ -344,12 +344,17 @@ def _ready(name, model, rows):
     if isinstance(model, (list,tuple)): return model
     raise TypeError(f"{name!r} is nothing that can be compared.\nFound: {type(model).__name__}.\nTry: a folder, (model, processor), a list of answers, or a .jsonl file of them.")
 
+def _served(model)->bool:
+    "Whether a server answers."
+    from vlm_ft.evaluation.endpoint import predict_endpoint
+    return isinstance(model, partial) and model.func is predict_endpoint
+
 def _run(model, rows, settings, load):
     "A model's answers; a model loaded here is gone afterwards."
     import torch
     from vlm_ft.evaluation.generation import predict
     from vlm_ft.merging import FastVisionModel
-    if isinstance(model, partial): return model(rows, concurrency=settings.pop('batch_size'), **{k:v for k,v in settings.items() if k not in model.keywords})
+    if _served(model): return model(rows, concurrency=settings.pop('batch_size'), **{k:v for k,v in settings.items() if k not in model.keywords})
     if callable(model): return model(rows)
     if isinstance(model, tuple): return predict(*model, rows, **settings)
     try: return predict(*FastVisionModel.from_pretrained(str(model), **load), rows, **settings)
@@ -377,7 +382,7 @@ def compare(
     ready = {name:_ready(name, model, rows) for name,model in models.items()}
     if not any(isinstance(m, (str,Path)) for m in ready.values()): refuse_unknown(load, [p for p in inspect.signature(compare).parameters if p!='load'], 'compare, where no folder is loaded,')
     answers = {name:_first(m, limit) for name,m in ready.items() if isinstance(m, list) or isinstance(m, tuple) and all(isinstance(t, str) for t in m)}
-    if resume is not None and (alone := [n for n,m in ready.items() if callable(m) and not isinstance(m, (partial,str,Path))]): raise ValueError(
+    if resume is not None and (alone := [n for n,m in ready.items() if callable(m) and not _served(m)]): raise ValueError(
         f"The answers of a function are not kept, for nothing says when it answers otherwise.\nFound: resume={str(resume)!r} and the function {alone[0]!r}.\nTry: without resume, or 'http://…/v1#model' for a server.")
     one_each({name:answers.get(name, ['']*len(rows)) for name in ready}, len(rows))
     for name,model in ready.items():
