@@ -11,7 +11,7 @@ from vlm_ft.lora import get_peft_model
 from vlm_ft.models.family import base_of, family_for
 from vlm_ft.models.tiny import FAMILIES, drawn, tiny
 from vlm_ft.packing import bounds, pack_batch, packed, packed_attention, packed_loss
-from vlm_ft.recompute import InputsAside, kinds_of_blocks
+from vlm_ft.recompute import RunAgain, kinds_of_blocks
 from vlm_ft.setup import VisionTrainingArguments, pad_batch
 from vlm_ft.training import VisionTrainer
 
@@ -77,7 +77,7 @@ def test_bfloat16_is_near(name, weights):
     assert F.cosine_similarity(a, b, 0)>.98
 
 @pytest.mark.parametrize('name', FAMILIES)
-@pytest.mark.parametrize('lever', ('compiled', 'inputs aside'))
+@pytest.mark.parametrize('lever', ('compiled', 'run again', 'inputs aside'))
 def test_a_lever_changes_no_gradient(name, lever):
     "In bfloat16, every block run again in the backward pass; beside the same without the lever."
     model,processor,family = adapted(name)
@@ -86,8 +86,8 @@ def test_a_lever_changes_no_gradient(name, lever):
         for b in blocks: b.gradient_checkpointing = True
     batch = pack_batch([encode(r, processor, family) for r in rows()], family)
     want,grads = step(model, family, batch, torch.bfloat16)
-    with BlockGraphs(model) if lever=='compiled' else InputsAside(model, least=1): loss,ours = step(model, family, batch, torch.bfloat16)
-    if lever!='compiled': assert loss==want and all(torch.equal(grads[n], ours[n]) for n in grads)
+    with BlockGraphs(model) if lever=='compiled' else RunAgain(model, aside=lever=='inputs aside', least=1): loss,ours = step(model, family, batch, torch.bfloat16)
+    if lever!='compiled': assert loss==want and all((grads[n]-ours[n]).abs().max()<=1e-2*grads[n].abs().max() for n in grads)
     a,b = (torch.cat([g[n].flatten() for n in sorted(grads)]) for g in (grads, ours))
     assert abs(loss-want)<1e-2*want and F.cosine_similarity(a, b, 0)>.995
 
@@ -107,7 +107,7 @@ def test_inputs_aside_take_less_memory():
             loss.backward()
         return n
     step(model, family, batch, torch.bfloat16)
-    assert kept(InputsAside(model, least=2**12))<.8*kept(nullcontext())
+    assert kept(RunAgain(model, aside=True, least=2**12))<.8*kept(nullcontext())
 
 @pytest.mark.parametrize('name', FAMILIES)
 def test_recorded_steps_answer_as_steps_that_are_launched(name):

@@ -132,7 +132,8 @@ def packed(
 # %% ../nbs/packing.ipynb #0f0959f3
 class _SupervisedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, divisor, n_at_once):
+    def forward(ctx, hidden, weight, targets, divisor, n_logits):
+        n_at_once = max(1, n_logits//len(weight))
         loss,want = hidden.new_zeros((), dtype=torch.float32),ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if want[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want[1] else None
@@ -144,7 +145,7 @@ class _SupervisedLoss(torch.autograd.Function):
             if not any(want): continue
             grad = logits.sub_(lse[:,None]).exp_()
             grad.scatter_add_(1, t[:,None], -torch.ones_like(own)[:,None])
-            grad = (grad/divisor).to(h.dtype)
+            grad = grad.div_(divisor).to(h.dtype)
             if want[0]: grad_hidden[lo:lo+n_at_once] = grad@weight
             if want[1]: grad_weight += (grad.T@h).float()
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
@@ -160,10 +161,10 @@ def supervised_loss(
     weight:Tensor,       # (vocabulary, width) of the last layer
     targets:Tensor,      # (tokens,) ids
     divisor=None,        # what the sum is divided by; None: the tokens
-    n_at_once:int=1024,  # rows of logits that exist at a time
+    n_logits:int=2**26,  # numbers that exist at a time
 )->Tensor:
     "Cross entropy without the table of logits."
-    return _SupervisedLoss.apply(hidden, weight, targets, len(targets) if divisor is None else divisor, n_at_once)
+    return _SupervisedLoss.apply(hidden, weight, targets, len(targets) if divisor is None else divisor, n_logits)
 
 # %% ../nbs/packing.ipynb #c8310c76
 def packed_loss(

@@ -26,7 +26,7 @@ from .kernels.lora import half_products
 from .packing import packed, packed_loss
 from .preflight import check_args, check_model, check_room, checkpoint_bytes
 from .progress import EvalByGeneration, History, StepLines
-from .recompute import InputsAside, Recompute, SavedGradients
+from .recompute import Recompute, RunAgain, SavedGradients
 from .resume import check_checkpoint, check_unfinished, find_checkpoint, load_whole
 from .samplers import LengthGroups, TokenBatches
 from .kernels.compiled import BlockGraphs, Compiling
@@ -136,7 +136,7 @@ class VisionTrainer(Trainer):
         self.passes = self._passes(args.tokens_per_pass) if getattr(args, 'tokens_per_pass', None) else None
         self.can_repeat = hasattr(model, 'peft_config')                   # a pass: an adapter's gradients are small enough for a copy
         self.recompute = Recompute(model, getattr(args, 'activation_gib', None)) if args.gradient_checkpointing else None
-        self.aside = InputsAside(model) if self.recompute and self.recompute.gib==0 and model.device.type=='cuda' else nullcontext()
+        self.again = RunAgain(model, aside=self.recompute.gib==0 and model.device.type=='cuda') if self.recompute and args.world_size==1 else nullcontext()
         self.compiling = Compiling(getattr(args, 'compile_blocks', None), model.device)
         self.graphs,self.budget = BlockGraphs(model, forgiving=self.compiling.wanted is None),None                     # budget: of minutes, once training begins
         gib = getattr(args, 'feature_cache_gib', None)
@@ -249,7 +249,7 @@ def _pass(self:VisionTrainer, is_packed:bool):
     with ExitStack() as within:
         if is_packed: within.enter_context(packed(self.model, family_for(self.model), getattr(self.args, 'flash_attention_4', True)))
         if self.compiling.on: within.enter_context(self.graphs)
-        within.enter_context(self.aside)
+        within.enter_context(self.again)
         within.enter_context(half_products(getattr(self.args, 'half_products', False)))
         yield
 
