@@ -47,23 +47,25 @@ def measure(case:dict)->dict:
     from vlm_ft import FastVisionModel
     from vlm_ft.kernels.attention import has_flash_attention_4
     from vlm_ft.kernels.compiled import BlockGraphs
+    from vlm_ft.kernels.lora import AdaptersAtHand
     from vlm_ft.loading import for_training
     from vlm_ft.models.family import family_for
     from vlm_ft.packing import packed, packed_loss
-    from vlm_ft.recompute import kinds_of_blocks
+    from vlm_ft.recompute import RunAgain, kinds_of_blocks
     how,gpu,small = SETTINGS[case['setting']],torch.cuda.is_available(),case['model']==str(BASE)
     if how.get('newest') and not has_flash_attention_4(): return dict(error='flash-attn-4 is not installed, or has no kernels for this machine')
     wait = torch.cuda.synchronize if gpu else lambda: None
     model,processor = FastVisionModel.from_pretrained(case['model'], dtype=torch.bfloat16 if gpu else torch.float32, max_pixels=28672 if small else None, max_seq_length=4096)
     model = for_training(FastVisionModel.get_peft_model(model, r=16, finetune_vision_layers=not how.get('frozen', False)))
     family,graphs = family_for(model),BlockGraphs(model) if how.get('compiled') else nullcontext()
+    again,at_hand = RunAgain(model),AdaptersAtHand(model, torch.bfloat16 if gpu else None)
     for blocks in kinds_of_blocks(model).values():
         for b in blocks: b.gradient_checkpointing = not how.get('kept', False)
     given = [{k: v.to(model.device) if torch.is_tensor(v) else v for k,v in b.items()} for b in batches(processor, family, 5, case['rows'], small)]
     typical = sorted(given, key=lambda b: b['input_ids'].numel())[2]                # of five
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=gpu)
     def step(batch):
-        with packed(model, family, how.get('newest', False)), graphs:
+        with packed(model, family, how.get('newest', False)), graphs, again, at_hand:
             with torch.autocast('cuda', torch.bfloat16, enabled=gpu): loss = packed_loss(model, batch)
             loss.backward()
         optimizer.step(); optimizer.zero_grad(set_to_none=True)

@@ -208,8 +208,8 @@ def test_half_precision_reaches_the_model(packing, tmp_path, monkeypatch):
     "With bf16 a 16-bit model's adapters, which are float32, run in one operation with their layers: products in 16 bit, packed or not."
     from vlm_ft.kernels.lora import FusedLora
     model,processor = tiny('qwen2_vl', torch.bfloat16)
-    model,plain,found = get_peft_model(model, r=4),FusedLora.plain,[]
-    monkeypatch.setattr(FusedLora, 'plain', lambda *args: found.append(plain(*args)) or found[-1])
+    model,plain,found = get_peft_model(model, r=4),FusedLora.parts,[]
+    monkeypatch.setattr(FusedLora, 'parts', lambda layer: found.append(plain(layer)) or found[-1])
     args = VisionTrainingArguments(tmp_path, packing=packing, bf16=True, **ONE_STEP)
     VisionTrainer(model, args, train_dataset=ROWS[:2], processing_class=processor, progress=False).train()
     assert found and all(found)

@@ -22,7 +22,7 @@ from .loading import check_length, for_training, keep_inputs_frozen
 from .readers import load_rows
 from .models.family import base_of, family_for, refuse_unknown
 from .features import FeatureCache, free_gib, looks_once, with_features
-from .kernels.lora import half_products
+from .kernels.lora import AdaptersAtHand, half_products
 from .packing import packed, packed_loss
 from .preflight import check_args, check_model, check_room, checkpoint_bytes
 from .progress import EvalByGeneration, History, StepLines
@@ -137,6 +137,7 @@ class VisionTrainer(Trainer):
         self.can_repeat = hasattr(model, 'peft_config')                   # a pass: an adapter's gradients are small enough for a copy
         self.recompute = Recompute(model, getattr(args, 'activation_gib', None)) if args.gradient_checkpointing else None
         self.again = RunAgain(model, aside=self.recompute.gib==0 and model.device.type=='cuda') if self.recompute and args.world_size==1 else nullcontext()
+        self.adapters = AdaptersAtHand(model, dict(bf16=torch.bfloat16, fp16=torch.float16).get(self.accelerator.mixed_precision))
         self.compiling = Compiling(getattr(args, 'compile_blocks', None), model.device)
         self.graphs,self.budget = BlockGraphs(model, forgiving=self.compiling.wanted is None),None                     # budget: of minutes, once training begins
         gib = getattr(args, 'feature_cache_gib', None)
@@ -249,7 +250,7 @@ def _pass(self:VisionTrainer, is_packed:bool):
     with ExitStack() as within:
         if is_packed: within.enter_context(packed(self.model, family_for(self.model), getattr(self.args, 'flash_attention_4', True)))
         if self.compiling.on: within.enter_context(self.graphs)
-        within.enter_context(self.again)
+        within.enter_context(self.again); within.enter_context(self.adapters)
         within.enter_context(half_products(getattr(self.args, 'half_products', False)))
         yield
 

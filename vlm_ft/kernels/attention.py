@@ -35,27 +35,33 @@ def filled_up(
     filled = -(-size//32)*32
     return filled if 64<=filled<=128 else 0
 
-@torch.library.custom_op('vlm_ft::row_attention', mutates_args=())
-def _forward(q:Tensor, k:Tensor, v:Tensor, bounds:Tensor, longest:int, causal:bool, scale:float)->tuple[Tensor,Tensor]:
-    out,sums = _fa4()._flash_attn_fwd(q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=longest, max_seqlen_k=longest, softmax_scale=scale, causal=causal, return_lse=True)[:2]
-    return out,sums
+def _forward(q, k, v, bounds, longest, causal, scale):
+    return tuple(_fa4()._flash_attn_fwd(q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=longest, max_seqlen_k=longest, softmax_scale=scale, causal=causal, return_lse=True)[:2])
 
-_forward.register_fake(lambda q, k, v, bounds, longest, causal, scale: (torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)))
+def _backward(up, q, k, v, out, sums, bounds, longest, causal, scale):
+    return tuple(_fa4()._flash_attn_bwd(q, k, v, out, up, sums, softmax_scale=scale, causal=causal, cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=longest, max_seqlen_k=longest)[:3])
 
-@torch.library.custom_op('vlm_ft::row_attention_backward', mutates_args=())
-def _backward(up:Tensor, q:Tensor, k:Tensor, v:Tensor, out:Tensor, sums:Tensor, bounds:Tensor, longest:int, causal:bool, scale:float)->tuple[Tensor,Tensor,Tensor]:
-    dq,dk,dv = _fa4()._flash_attn_bwd(q, k, v, out, up, sums, softmax_scale=scale, causal=causal, cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=longest, max_seqlen_k=longest)[:3]
-    return dq,dk,dv
+_like = lambda t: torch.empty_like(t, memory_format=torch.contiguous_format)
 
-_backward.register_fake(lambda up, q, k, v, out, sums, bounds, longest, causal, scale: tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)))
+if not hasattr(torch.ops.vlm_ft, 'row_attention'):                            # this page and the module it makes may both be loaded
+    how = 'Tensor bounds, SymInt longest, bool causal, float scale'
+    for name,run,takes,gives,shown in (
+        ('row_attention', _forward, 'Tensor q, Tensor k, Tensor v', 'Tensor, Tensor', lambda q, *_: (_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32))),
+        ('row_attention_backward', _backward, 'Tensor up, Tensor q, Tensor k, Tensor v, Tensor out, Tensor sums', 'Tensor, Tensor, Tensor', lambda up, *qkv: tuple(map(_like, qkv[:3])))):
+        torch.library.define(f'vlm_ft::{name}', f'({takes}, {how}) -> ({gives})')
+        torch.library.impl(f'vlm_ft::{name}', ('CPU','CUDA'))(run)
+        torch.library.register_fake(f'vlm_ft::{name}')(shown)
 
-def _keep(ctx, inputs, output):
-    q,k,v,bounds,*ctx.how = inputs
-    ctx.save_for_backward(q, k, v, *output, bounds)
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, bounds, longest, causal, scale):
+        out,sums = torch.ops.vlm_ft.row_attention(q, k, v, bounds, longest, causal, scale)
+        ctx.save_for_backward(q, k, v, out, sums, bounds)
+        ctx.how = longest,causal,scale
+        return out
 
-def _gradients(ctx, up, _): return *_backward(up.contiguous(), *ctx.saved_tensors, *ctx.how),None,None,None,None
-
-_forward.register_autograd(_gradients, setup_context=_keep)
+    @staticmethod
+    def backward(ctx, up): return *torch.ops.vlm_ft.row_attention_backward(up.contiguous(), *ctx.saved_tensors, *ctx.how),None,None,None,None
 
 # %% ../../nbs/kernels/attention.ipynb #90ff14ff
 def rows_in_one_kernel(
@@ -70,7 +76,7 @@ def rows_in_one_kernel(
     size = q.shape[-1]
     if newest and (filled := filled_up(size)) and has_flash_attention_4():
         q,k,v = (F.pad(t, (0, filled-size)) if filled>size else t for t in (q, k, v))
-        return _forward(q, k, v, bounds, longest, causal, size**-.5 if scale is None else scale)[0][...,:size]
+        return _Rows.apply(q, k, v, bounds, longest, causal, size**-.5 if scale is None else scale)[...,:size]
     how = dict(window_size=(-1, 0 if causal else -1)) if 'window_size' in _OPTIONS else dict(is_causal=causal)
     if 'enable_gqa' in _OPTIONS: how['enable_gqa'] = q.shape[1]!=k.shape[1]
     return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, **how)

@@ -20,8 +20,8 @@ class BlockGraphs:
         forgiving:bool=False,     # where a block cannot be compiled it runs as it is, and torch says why; else that is an error
     ):
         self.calls,self.forgiving = [],forgiving
-        options = {'shape_padding':False} if backend=='inductor' else None
         for blocks in kinds_of_blocks(model).values():
+            options = dict(guard_filter_fn=lambda guards: [not g.is_global for g in guards], **(dict(shape_padding=False) if backend=='inductor' else {}))
             forward = torch.compile(type(blocks[0]).forward, dynamic=True, backend=backend, options=options)
             self.calls += [(b, partial(forward, b)) for b in blocks]
 
