@@ -107,7 +107,7 @@ def test_inputs_aside_take_less_memory():
             loss.backward()
         return n
     step(model, family, batch, torch.bfloat16)
-    assert kept(RunAgain(model, aside=True, least=2**12))<.8*kept(nullcontext())
+    assert kept(RunAgain(model, aside=True, least=2**12))<.9*kept(nullcontext())   # the first block's input needs no gradient, and stays
 
 @pytest.mark.parametrize('name', FAMILIES)
 def test_recorded_steps_answer_as_steps_that_are_launched(name):

@@ -182,11 +182,11 @@ class _Aside:
         self.order.append(_Waiting(t, self.stream))
         return len(self.order)-1
 
-    def take(self, kept):
-        if isinstance(kept, torch.Tensor): return kept
-        t = self.order[kept].take()
-        if kept and self.order[kept-1]: self.order[kept-1].gone(); self.order[kept-1].fetch()        # the backward pass goes from the last to the first
-        self.order[kept] = None
+    def take(self, i):
+        "The one with that number."
+        t = self.order[i].take()
+        if i and self.order[i-1]: self.order[i-1].gone(); self.order[i-1].fetch()                    # the backward pass goes from the last to the first
+        self.order[i] = None
         return t
 
     def end(self):
@@ -205,14 +205,15 @@ class _Again(torch.autograd.Function):
         ctx.cast = dict(device_type=kind, enabled=torch.is_autocast_enabled(kind), dtype=torch.get_autocast_dtype(kind), cache_enabled=torch.is_autocast_cache_enabled())
         out = run(tensors)
         ctx.random = None if all(map(torch.equal, before, _random(device))) else before             # a block that drew nothing needs nothing drawn again
-        ctx.put = [aside.put(t) if aside else t for t in tensors]
-        ctx.save_for_backward(*[t for t in ctx.put if isinstance(t, torch.Tensor)])
+        put = [aside.put(t) if aside else t for t in tensors]
+        ctx.save_for_backward(*[t for t in put if isinstance(t, torch.Tensor)])
+        ctx.put = [None if isinstance(t, torch.Tensor) else t for t in put]                          # None: saved, and let go with what else autograd saved
         return out
 
     @staticmethod
     def backward(ctx, *grads):
         saved = iter(ctx.saved_tensors)
-        kept = [next(saved) if isinstance(t, torch.Tensor) else ctx.aside.take(t) for t in ctx.put]
+        kept = [next(saved) if t is None else ctx.aside.take(t) for t in ctx.put]
         inputs = [t.detach().requires_grad_() for t in kept]
         with torch.random.fork_rng(devices=[ctx.device] if ctx.device.type=='cuda' else [], enabled=ctx.random is not None), torch.enable_grad(), torch.autocast(**ctx.cast):
             if ctx.random:

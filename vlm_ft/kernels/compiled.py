@@ -8,10 +8,15 @@ __all__ = ['BlockGraphs', 'Compiling']
 # %% ../../nbs/kernels/compiled.ipynb #d21b2dee
 import time
 from functools import partial
+from types import ModuleType
 import torch
 from ..recompute import kinds_of_blocks
 
 # %% ../../nbs/kernels/compiled.ipynb #10510987
+def _fixed(guard)->bool:
+    "Whether it looks at a module, class or function of the program."
+    return guard.is_global and (isinstance(guard.value, ModuleType) or callable(guard.value))
+
 class BlockGraphs:
     "Compiled forwards of a model's blocks; `with graphs:` the blocks run by them, afterwards as before."
     def __init__(self,
@@ -21,7 +26,7 @@ class BlockGraphs:
     ):
         self.calls,self.forgiving = [],forgiving
         for blocks in kinds_of_blocks(model).values():
-            options = dict(guard_filter_fn=lambda guards: [not g.is_global for g in guards], **(dict(shape_padding=False) if backend=='inductor' else {}))
+            options = dict(guard_filter_fn=lambda guards: [not _fixed(g) for g in guards], **(dict(shape_padding=False) if backend=='inductor' else {}))
             forward = torch.compile(type(blocks[0]).forward, dynamic=True, backend=backend, options=options)
             self.calls += [(b, partial(forward, b)) for b in blocks]
 
