@@ -203,7 +203,7 @@ class _Again(torch.autograd.Function):
         kind,before = device.type,_random(device)
         ctx.run,ctx.aside,ctx.device = run,aside,device
         ctx.cast = dict(device_type=kind, enabled=torch.is_autocast_enabled(kind), dtype=torch.get_autocast_dtype(kind), cache_enabled=torch.is_autocast_cache_enabled())
-        out = run(tensors)
+        out = run([t.detach() for t in tensors])
         ctx.random = None if all(map(torch.equal, before, _random(device))) else before             # a block that drew nothing needs nothing drawn again
         put = [aside.put(t) if aside else t for t in tensors]
         ctx.save_for_backward(*[t for t in put if isinstance(t, torch.Tensor)])
@@ -224,10 +224,17 @@ class _Again(torch.autograd.Function):
         torch.autograd.backward(*zip(*pairs))
         return None, None, None, None, *[t.grad for t in inputs]
 
+class _Alias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, t): return t.detach()                                                           # no view of another tensor, so that one compiled graph serves all blocks
+
+    @staticmethod
+    def backward(ctx, grad): return grad
+
 def _one_input(block, args, kwargs):
     "Gradients of a kept block's input are summed up before they leave it, as those of a block that is run again are: a sum does not change with what is kept."
     if block.gradient_checkpointing or not torch.is_grad_enabled(): return None
-    alias = lambda t: t.view_as(t) if isinstance(t, torch.Tensor) and t.requires_grad else t
+    alias = lambda t: _Alias.apply(t) if isinstance(t, torch.Tensor) and t.requires_grad else t
     return tuple(map(alias, args)),{k: alias(v) for k,v in kwargs.items()}
 
 class RunAgain:
