@@ -99,7 +99,7 @@ def lora_linear(
 # %% ../../nbs/kernels/lora.ipynb #9ac8c862
 class FusedLora(Linear):
     "PEFT's adapted linear layer, in one operation."
-    at_hand = None   # `parts`, within `AdaptersAtHand`
+    at_hand = None   # `parts`, within `AdaptersAtHand` and until another adapter is asked for
 
     def parts(self):
         "What `lora_linear` takes after x, where one adapter of the simplest kind stands over a frozen layer; else None."
@@ -112,6 +112,10 @@ class FusedLora(Linear):
         parts = self.at_hand or self.parts()
         if args or kwargs or parts is None or not (x.dtype==parts[2].dtype==parts[0].dtype or torch.is_autocast_enabled(x.device.type)): return super().forward(x, *args, **kwargs)
         return lora_linear(x, *parts)
+
+    def enable_adapters(self, *args, **kwargs): self.at_hand = None; super().enable_adapters(*args, **kwargs)
+
+    def set_adapter(self, *args, **kwargs): self.at_hand = None; super().set_adapter(*args, **kwargs)
 
 def fused_lora(
     config, # PEFT's LoraConfig
