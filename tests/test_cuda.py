@@ -85,9 +85,10 @@ def test_a_lever_changes_no_gradient(name, lever):
     for blocks in kinds_of_blocks(model).values():
         for b in blocks: b.gradient_checkpointing = True
     batch = pack_batch([encode(r, processor, family) for r in rows()], family)
-    want,grads = step(model, family, batch, torch.bfloat16)
+    with RunAgain(model) if lever=='inputs aside' else nullcontext(): want,grads = step(model, family, batch, torch.bfloat16)
     with BlockGraphs(model) if lever=='compiled' else RunAgain(model, aside=lever=='inputs aside', least=1): loss,ours = step(model, family, batch, torch.bfloat16)
-    if lever!='compiled': assert loss==want and all((grads[n]-ours[n]).abs().max()<=1e-2*grads[n].abs().max() for n in grads)
+    exact = (name,lever)!=('mllama','run again')                                               # Llama 3.2 Vision's tower is looked at by many blocks: another order of summing
+    if lever!='compiled': assert loss==want and all(torch.equal(grads[n], ours[n]) if exact else (grads[n]-ours[n]).abs().max()<=1e-2*grads[n].abs().max() for n in grads)
     a,b = (torch.cat([g[n].flatten() for n in sorted(grads)]) for g in (grads, ours))
     assert abs(loss-want)<1e-2*want and F.cosine_similarity(a, b, 0)>.995
 
@@ -107,7 +108,7 @@ def test_inputs_aside_take_less_memory():
             loss.backward()
         return n
     step(model, family, batch, torch.bfloat16)
-    assert kept(RunAgain(model, aside=True, least=2**12))<.9*kept(nullcontext())   # the first block's input needs no gradient, and stays
+    assert kept(RunAgain(model, aside=True, least=2**12))<.8*kept(nullcontext())
 
 @pytest.mark.parametrize('name', FAMILIES)
 def test_recorded_steps_answer_as_steps_that_are_launched(name):

@@ -931,6 +931,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'vlm_ft.kernels.attention._fa4': ('kernels/attention.html#_fa4', 'vlm_ft/kernels/attention.py'),
                                           'vlm_ft.kernels.attention._forward': ( 'kernels/attention.html#_forward',
                                                                                  'vlm_ft/kernels/attention.py'),
+                                          'vlm_ft.kernels.attention._operation': ( 'kernels/attention.html#_operation',
+                                                                                   'vlm_ft/kernels/attention.py'),
                                           'vlm_ft.kernels.attention.filled_up': ( 'kernels/attention.html#filled_up',
                                                                                   'vlm_ft/kernels/attention.py'),
                                           'vlm_ft.kernels.attention.has_flash_attention_4': ( 'kernels/attention.html#has_flash_attention_4',

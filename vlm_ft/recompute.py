@@ -214,7 +214,7 @@ class _Again(torch.autograd.Function):
     def backward(ctx, *grads):
         saved = iter(ctx.saved_tensors)
         kept = [next(saved) if t is None else ctx.aside.take(t) for t in ctx.put]
-        inputs = [t.detach().requires_grad_() for t in kept]
+        inputs = [t.detach().requires_grad_(needs) for t,needs in zip(kept, ctx.needs_input_grad[4:])]
         with torch.random.fork_rng(devices=[ctx.device] if ctx.device.type=='cuda' else [], enabled=ctx.random is not None), torch.enable_grad(), torch.autocast(**ctx.cast):
             if ctx.random:
                 torch.set_rng_state(ctx.random[0])
@@ -246,7 +246,7 @@ class RunAgain:
     ):
         self.blocks,self.device = [b for bs in kinds_of_blocks(model).values() for b in bs],model.device
         self.trains = [any(p.requires_grad for p in b.parameters()) for b in self.blocks]
-        self.anchor,self.aside,self.before = torch.zeros((), requires_grad=True),_Aside(self.device, least) if aside else None,[]
+        self.anchor,self.aside = torch.zeros((), requires_grad=True),_Aside(self.device, least) if aside else None
 
     def __enter__(self):
         self.before = [vars(b).get('_gradient_checkpointing_func') for b in self.blocks]
@@ -262,7 +262,8 @@ class RunAgain:
 
     def _run(self, anchor, function, *args):
         call,(given,form) = function.func,tree_flatten((args, function.keywords))                   # transformers' GradientCheckpointingLayer hands over a partial
-        places = [i for i,t in enumerate(given) if isinstance(t, torch.Tensor) and t.requires_grad]
+        first,*others = [i for i,t in enumerate(given) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+        places = [first, *(i for i in others if given[i].requires_grad)]                              # a block's input comes first, and may need no gradient
         tensors = [given[i] for i in places]
         for i in places: given[i] = None
         def run(tensors):
@@ -270,4 +271,4 @@ class RunAgain:
             for i,t in zip(places, tensors): leaves[i] = t
             args,kwargs = tree_unflatten(leaves, form)
             return call(*args, **kwargs)
-        return _Again.apply(anchor, run, self.aside, self.device, *tensors) if torch.is_grad_enabled() and (tensors or anchor is not None) else run(tensors)
+        return _Again.apply(anchor, run, self.aside, self.device, *tensors) if torch.is_grad_enabled() and (anchor is not None or any(t.requires_grad for t in tensors)) else run(tensors)

@@ -43,14 +43,15 @@ def _backward(up, q, k, v, out, sums, bounds, longest, causal, scale):
 
 _like = lambda t: torch.empty_like(t, memory_format=torch.contiguous_format)
 
+def _operation(name, tensors, gives, run, shown):
+    "An operation that a compiled graph holds without looking inside."
+    torch.library.define(f'vlm_ft::{name}', f'({tensors}, Tensor bounds, SymInt longest, bool causal, float scale) -> ({gives})')
+    torch.library.impl(f'vlm_ft::{name}', ('CPU','CUDA'))(run)
+    torch.library.register_fake(f'vlm_ft::{name}')(shown)
+
 if not hasattr(torch.ops.vlm_ft, 'row_attention'):                            # this page and the module it makes may both be loaded
-    how = 'Tensor bounds, SymInt longest, bool causal, float scale'
-    for name,run,takes,gives,shown in (
-        ('row_attention', _forward, 'Tensor q, Tensor k, Tensor v', 'Tensor, Tensor', lambda q, *_: (_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32))),
-        ('row_attention_backward', _backward, 'Tensor up, Tensor q, Tensor k, Tensor v, Tensor out, Tensor sums', 'Tensor, Tensor, Tensor', lambda up, *qkv: tuple(map(_like, qkv[:3])))):
-        torch.library.define(f'vlm_ft::{name}', f'({takes}, {how}) -> ({gives})')
-        torch.library.impl(f'vlm_ft::{name}', ('CPU','CUDA'))(run)
-        torch.library.register_fake(f'vlm_ft::{name}')(shown)
+    _operation('row_attention', 'Tensor q, Tensor k, Tensor v', 'Tensor, Tensor', _forward, lambda q, *_: (_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)))
+    _operation('row_attention_backward', 'Tensor up, Tensor q, Tensor k, Tensor v, Tensor out, Tensor sums', 'Tensor, Tensor, Tensor', _backward, lambda up, *qkv: tuple(map(_like, qkv[:3])))
 
 class _Rows(torch.autograd.Function):
     @staticmethod
