@@ -1,5 +1,5 @@
 "Pictures between a file and the model: another scan in training alone, a damaged file in the middle of an epoch, one size everywhere."
-import logging
+import itertools, json, logging
 
 import numpy as np
 import pytest
@@ -10,7 +10,8 @@ from vlm_ft.data import check_rows, count_tokens, encode
 from vlm_ft.evaluation.generation import prompt_lengths
 from vlm_ft.lora import get_peft_model
 from vlm_ft.messages import DataError
-from vlm_ft.writers import as_dataset
+from vlm_ft.readers import load_rows
+from vlm_ft.writers import as_dataset, embedded
 from vlm_ft.models.family import family_for
 from vlm_ft.models.tiny import FAMILIES, drawn, tiny, tiny_folder
 from vlm_ft.setup import VisionDataCollator, VisionTrainingArguments
@@ -166,5 +167,23 @@ def test_one_size_everywhere(name, tmp_path):
 def test_bounds_that_cannot_be_kept(tmp_path):
     _,processor = tiny('qwen2_vl'); family = family_for(tiny('qwen2_vl')[0])
     with pytest.raises(DataError, match='Row 1: max_pixels cannot be kept'): check_rows([row('a'), row('a', max_pixels=5)], processor, family)
-    for bad in (0, -1, 1.5, '9.5', 'nine', True):
-        with pytest.raises(DataError, match='max_pixels is no number'): check_rows([row('a', max_pixels=bad)], processor, family)
+    with pytest.raises(DataError, match='Row 0: min_pixels and max_pixels cannot be kept'): check_rows([row('a', min_pixels=99999, max_pixels=56*56)], processor, family)
+    for bad,bound in itertools.product((0, -1, 1.5, '9.5', 'nine', True), ('min_pixels','max_pixels')):
+        with pytest.raises(DataError, match=f'{bound} is no number'): check_rows([row('a', **{bound:bad})], processor, family)
+    for name in ('mllama','pixtral'):                                                         # neither ever enlarges a picture
+        _,other = tiny(name)
+        with pytest.raises(DataError, match='(?s)Row 1: min_pixels cannot be kept.*has no min_pixels'): check_rows([row('a'), row('a', min_pixels=10**6)], other, family_for(tiny(name)[0]))
+
+def test_a_row_whose_picture_is_enlarged(tmp_path):
+    "It is seen as by a processor with that bound, where rows are encoded, collated, counted, checked, stored and read again."
+    model,processor = tiny('qwen2_vl'); family = family_for(model)
+    small,large = row('a', (60,40)), row('a', (60,40), min_pixels=200*200)
+    want = encode(small, family.bounded(processor, min_pixels=200*200), family)
+    assert want['image_grid_thw'].prod()>=200*200/processor.image_processor.patch_size**2>encode(small, processor, family)['image_grid_thw'].prod()
+    (tmp_path/'rows.jsonl').write_text(json.dumps({**large, 'image':embedded(large['image'])})+'\n')
+    [read],stored = load_rows(tmp_path/'rows.jsonl'),as_dataset([large])[0]
+    collate = VisionDataCollator(model, processor)
+    for r in (large, read, {k:v for k,v in stored.items() if v}):
+        assert count_tokens(r, processor, family)['total']==check_rows([r], processor, family)[4]['max']==len(want['input_ids'])
+        for got in (encode(r, processor, family), collate.encode(r)): assert torch.equal(want['pixel_values'], got['pixel_values'])
+    assert torch.equal(encode(small, processor, family)['image_grid_thw'], encode(row('a', (60,40)), processor, family)['image_grid_thw'])   # the processor itself is as it was

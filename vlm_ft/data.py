@@ -105,7 +105,9 @@ def costs(sizes:list, processor, family)->list[ImageTokens]:
 def reader(processor, row:dict, family):
     "The processor as it reads a row; `DataError` for a bound that the family cannot keep."
     try: return family.reader(processor, row)
-    except ValueError as e: raise wrong("max_pixels cannot be kept.", f"max_pixels={row.get('max_pixels')}: {e}", "another max_pixels for this row.") from e
+    except ValueError as e:
+        bounds = {k:row[k] for k in ('min_pixels','max_pixels') if row.get(k)}
+        raise wrong(f"{' and '.join(bounds)} cannot be kept.", ', '.join(f'{k}={n}' for k,n in bounds.items())+f": {e}", "another bound for this row, or none.") from e
 
 def count_tokens(
     row, processor,

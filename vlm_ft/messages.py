@@ -247,7 +247,7 @@ def _asked(row:dict, pictures:list)->list:
     ask = [{'role':'user', 'content':[*({'type':'image'} for _ in pictures), {'type':'text', 'text':row['question']}]}]
     return ask + [{'role':'assistant', 'content':row['answers'][0]}] if row.get('answers') else ask
 
-KEYS = ('messages','images','image','question','answer','answers','task','system','group','max_pixels')
+KEYS = ('messages','images','image','question','answer','answers','task','system','group','min_pixels','max_pixels')
 
 def _misspelt(row:dict)->list[str]:
     "Keys that are a known one but for a letter; ids and other columns are no such keys."
@@ -277,24 +277,24 @@ def _group(row:dict)->dict:
     if isinstance(group, bool) or not isinstance(group, (str,int)): raise wrong("a group is neither a text nor a whole number.", group, "a name or number for each writer or document.")
     return {'group':group}
 
-def _pixels(row:dict):
-    "The row's own bound of its pictures' area; None where it has none."
-    if row.get('min_pixels') is not None: raise wrong("a row bounds its pictures from above alone.", f"min_pixels={row['min_pixels']!r}", "min_pixels in from_pretrained, for all rows.")
-    n = row.get('max_pixels')
-    if isinstance(n, str) and n.isdecimal(): n = int(n)                                            # of a table, all of whose cells are texts
-    if n is None or isinstance(n, int) and not isinstance(n, bool) and n>0: return n
-    raise wrong("max_pixels is no number of pixels.", n, "a whole positive number, or leave it out.")
+def _pixels(row:dict)->dict:
+    "The row's own bounds of its pictures' area, those that it has."
+    bounds = {k:row[k] for k in ('min_pixels','max_pixels') if row.get(k) is not None}
+    bounds = {k:int(n) if isinstance(n, str) and n.isdecimal() else n for k,n in bounds.items()}   # of a table, all of whose cells are texts
+    for k,n in bounds.items():
+        if not isinstance(n, int) or isinstance(n, bool) or n<1: raise wrong(f"{k} is no number of pixels.", n, "a whole positive number, or leave it out.")
+    return bounds
 
 def to_messages(
     row,       # messages, {'messages':…}, or {'image'|'images','question','answer'}; 'system' may stand beside them
     root=None, # folder that relative paths start from
-)->dict:       # {'messages':…}, with 'task', 'answers', 'group' and 'max_pixels' where the row has them
+)->dict:       # {'messages':…}, with 'task', 'answers', 'group', 'min_pixels' and 'max_pixels' where the row has them
     "A row in the one form that every step reads; pictures stay references."
     row = {'messages':row} if isinstance(row, list) else row
     if not isinstance(row, dict): raise wrong("a row is not a dict.", row, "{'messages':…} or {'image','question','answer'}.")
     if bad := _misspelt(row): raise wrong("a row has keys that would be ignored, and look like known ones.", ', '.join(bad), "that name, or one that is not so near.")
     if row.get('task') is not None: _text(row['task'], "a task")
-    extra = {k:v for k,v in dict(task=row.get('task'), answers=_answers(row), max_pixels=_pixels(row)).items() if v} | _group(row)
+    extra = {k:v for k,v in dict(task=row.get('task'), answers=_answers(row)).items() if v} | _pixels(row) | _group(row)
     if row.get('image') is not None and row.get('images') is not None: raise wrong("a row has pictures in two places, and one would be ignored.", "image and images", "one of them.")
     pictures = next((row[k] for k in ('images','image') if row.get(k) is not None), [])
     pictures = [reference(p, root) for p in (pictures if isinstance(pictures, list) else [pictures])]

@@ -62,7 +62,7 @@ def show_resolutions(
         im,column = open_image(pictures_of(row['messages'])[0]),[]
         for budget in budgets:
             own = family.bounded(processor, budget)
-            bare = {k:v for k,v in row.items() if k not in ('max_pixels','task')}
+            bare = {k:v for k,v in row.items() if k not in ('min_pixels','max_pixels','task')}
             count,(size,_,_) = count_tokens(bare, own, family),family.seen(own, im.size)
             step = dry_step(net, mode, pack_batch([encode(bare, own, family)], family))
             memory = step['batch']+step['activations']+max(step['loss'], step['working'])

@@ -77,4 +77,4 @@ def _unpacked(batch:dict)->dict:
     "Stored rows as `to_messages` reads them."
     rows = [json.loads(r) for r in batch['row']]
     return {'messages':[r['messages'] for r in rows], 'images':batch['images'],
-            'task':[r.get('task', '') for r in rows], 'answers':[r.get('answers', []) for r in rows], 'group':[r.get('group') for r in rows], 'max_pixels':[r.get('max_pixels') for r in rows]}
+            'task':[r.get('task', '') for r in rows], 'answers':[r.get('answers', []) for r in rows], 'group':[r.get('group') for r in rows], **{k:[r.get(k) for r in rows] for k in ('min_pixels','max_pixels')}}

@@ -241,7 +241,8 @@ def bounded(self:Family, processor, max_pixels:int|None=None, min_pixels:int|Non
 def reader(self:Family, processor, row:dict):
     "The processor as it reads this row: bounded by the row, else by its task."
     most = row.get('max_pixels') or (getattr(processor.image_processor, 'task_max_pixels', None) or {}).get(row.get('task'))
-    return self.bounded(processor, most) if most else processor
+    least = row.get('min_pixels')
+    return self.bounded(processor, most, least) if most or least else processor
 
 # %% ../../nbs/models/family.ipynb #88523599
 @patch
