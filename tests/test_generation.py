@@ -1,5 +1,5 @@
 "Answers in slots beside `generate` row by row, on a model that has learnt to read and to stop; what bfloat16 changes."
-import random
+import json, random
 from pathlib import Path
 import pytest, torch
 from transformers import GenerationConfig
@@ -44,6 +44,17 @@ def test_as_generate_row_by_row():
     assert len(set(map(len, want)))>5 and score(rows, want).as_dict()['cer']<.2
     short = predict(model, processor, rows, max_new_tokens=8, progress=False)                      # cut: the same beginnings, and said to be cut
     assert short.cut and all(w.startswith(s) for w,s in zip(want, short)) and all(short[i]==want[i] for i in set(range(20))-set(short.cut))
+
+def test_room_for_the_longest_true_answer(tmp_path):
+    "Where nobody says how long an answer may be, none is cut that is no longer than the true ones."
+    model,processor = load(torch.float32)
+    def room(name, rows, **said):
+        predict(model, processor, rows, progress=False, resume=tmp_path/name, **said)
+        return json.loads((tmp_path/name).read_text().splitlines()[0])['made_by']['max_new_tokens']
+    [row] = lines(1)
+    long = {**row, 'messages':[row['messages'][0], {'role':'assistant','content':'a'*400}]}
+    assert room('short', [row])==256 and room('one of two', [row, long])==608 and room('asked alone', [{**row, 'messages':row['messages'][:1]}])==256
+    assert room('said', [long], max_new_tokens=9)==9
 
 @pytest.mark.skipif(not DATA.is_dir(), reason='needs ../shared/data')
 @pytest.mark.parametrize('name', ('ocr_lines_fraktur','receipts','captions'))

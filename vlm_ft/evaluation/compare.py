@@ -366,7 +366,7 @@ def compare(
     models,                  # {name: folder or hub id, (model, processor), 'http://…/v1#model', function of rows, list of answers, or .jsonl file of them}, or a list of folders
     data,                    # rows with answers, or the path of a .jsonl file
     groups=None,             # rows that are not independent: a label for each row, a function row -> label, the name of a field, or None: those of one 'group' or picture
-    batch_size:int=8, max_new_tokens:int=256,
+    batch_size:int=8, max_new_tokens:int|None=None,  # as for `predict`
     limit:int|None=None,     # only the first rows
     form=clean,              # what is made alike before it is counted, as for `score`
     metrics=None,            # names in METRICS; None: those of each row's task

@@ -9,8 +9,9 @@ __all__ = ['as_openai', 'EndpointError', 'ask', 'predict_endpoint']
 import base64,io,json,sys,time,urllib.error,urllib.request
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from PIL import Image
-from .generation import Answers, Countdown, Ledger, gathered, row_key
-from ..messages import DataError, fit, for_rows, box_of, open_image, split_prompt
+from .generation import AT_LEAST, Answers, Countdown, Ledger, gathered, row_key
+from .metrics import accepted_answers
+from ..messages import DataError, fit, for_rows, box_of, open_image, split_prompt, to_messages
 
 # %% ../../nbs/evaluation/endpoint.ipynb #d23e87d9
 def as_openai(
@@ -53,7 +54,7 @@ def predict_endpoint(
     url:str,                 # up to /v1
     model:str,               # its name on the server
     rows:list,               # in message form; an assistant turn at the end is what is to be predicted
-    max_new_tokens:int=256,  # the longest answer
+    max_new_tokens:int|None=None, # the longest answer; None: 256, or a token for each letter of the longest true one where that is more
     concurrency:int=8,       # questions asked at a time
     resize=None,             # longest side in pixels, or (width, height) to fit into
     api_key:str|None=None,
@@ -65,6 +66,7 @@ def predict_endpoint(
 )->Answers:                  # one text a row, in the rows' order
     "Answers of a served model to every row; an `EndpointError` names the row where the server gave up."
     if not url.startswith(('http://','https://')): raise ValueError(f"url is the address of a server.\nFound: {url!r}.\nTry: 'http://localhost:8000/v1'.")
+    if max_new_tokens is None: max_new_tokens = max([AT_LEAST, *(len(a) for r in for_rows(to_messages, rows) for a in accepted_answers(r))])
     to = url.rstrip('/') if url.rstrip('/').endswith('/chat/completions') else url.rstrip('/')+'/chat/completions'
     resize,keys = box_of(resize),for_rows(row_key, rows)
     made_by = dict(url=to, model=model, resize=resize if resize is None else str(resize), max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, **({'more':more} if more else {}))

@@ -86,7 +86,7 @@ def divergence(
 def measure(
     folder:str, rows:list,
     precision:str,              # a name in PRECISIONS
-    batch_size:int, max_new_tokens:int,
+    batch_size:int, max_new_tokens:int|None,
     device=None, max_pixels=None,
     logprobs:str|None=None,     # a file: read and compared with if it is there, else written
 )->dict:                        # answers, and what they cost
@@ -168,7 +168,7 @@ def compare_precisions(
     folder,             # a checkpoint, merged or not, or an adapter; or a dict of several, by name
     rows:list,          # held-out, in message form, with answers
     bits=(16,8,4),      # names in PRECISIONS, or 16, 8 and 4
-    batch_size:int=8, max_new_tokens:int=64,
+    batch_size:int=8, max_new_tokens:int|None=None,  # as for `predict`
     device=None,        # None: the GPU if there is one
     max_pixels=None,    # of a picture; None: as the checkpoint was made
     say=None,           # told of each line as it is there, such as `print`
