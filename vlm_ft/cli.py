@@ -100,7 +100,7 @@ def train(a):
     if a.hold_out: rows,held = split_rows(rows, a.hold_out, a.by, a.seed)
     if a.best and not held: raise ValueError(f"--best {a.best} is measured on held-out rows.\nFound: no --test and no --hold-out.\nTry: --test with rows, or --hold-out with a share.")
     best = dict(save_strategy='epoch', load_best_model_at_end=True, metric_for_best_model=a.best) if a.best else {}
-    args = VisionTrainingArguments(output_dir=a.out, num_train_epochs=a.epochs, max_steps=a.steps, max_minutes=a.minutes, learning_rate=a.learning_rate, seed=a.seed,
+    args = VisionTrainingArguments(output_dir=a.out, num_train_epochs=a.epochs or (None if a.minutes else 1), max_steps=a.steps, max_minutes=a.minutes, learning_rate=a.learning_rate, seed=a.seed,
                                    per_device_train_batch_size=a.batch, gradient_accumulation_steps=a.accumulate, eval_strategy='epoch' if held else 'no', **best)
     model,processor = load(a, a.model)
     if hasattr(model, 'peft_config'):
@@ -123,7 +123,7 @@ def train_options(p):
     row_options(p)
     p.add_argument('--best', help='a metric, such as cer: the model answers held-out rows after each epoch, and the epoch that is best by it is kept'); p.add_argument('--best-rows', type=int, default=64, help='how many of the held-out rows, from the first on')
     p.add_argument('--model', required=True, help='folder or hub id of a base, or of an adapter to train on'); p.add_argument('--out', required=True, help='folder for the adapter and checkpoints')
-    p.add_argument('--epochs', type=float, default=1); p.add_argument('--steps', type=int, default=-1, help='instead of epochs'); p.add_argument('--minutes', type=float, help='time budget')
+    p.add_argument('--epochs', type=float, help='the default is 1, or with --minutes as many as there is time for'); p.add_argument('--steps', type=int, default=-1, help='instead of epochs'); p.add_argument('--minutes', type=float, help='time budget, at the end of which the learning rate is zero')
     p.add_argument('--learning-rate', type=float, default=2e-4); p.add_argument('--batch', type=int, default=2, help='rows a pass'); p.add_argument('--accumulate', type=int, default=4, help='passes a step')
     p.add_argument('--r', type=int, help='rank; the default is 16'); p.add_argument('--lora-alpha', type=float, help='the default is r'); p.add_argument('--seed', type=int, default=3407)
     for part in ('vision','language','attention','mlp'): p.add_argument(f'--no-{part}', action='store_true', help=f'leave {part} frozen')
@@ -170,7 +170,7 @@ def evaluate_options(p):
     p.add_argument('models', nargs='+', help='folders or hub ids of models or adapters, http://…/v1#name of served ones, or .jsonl files of answers; the others are compared with the first')
     p.add_argument('--data', required=True, help='rows with answers: a file, a folder, or owner/name:split of the hub'); p.add_argument('--names', nargs='+', help='what the models are called; the default is their folders')
     row_options(p)
-    p.add_argument('--limit', type=int, help='only the first rows'); p.add_argument('--batch', type=int, default=8, help='rows a pass'); p.add_argument('--max-new-tokens', type=int, default=256)
+    p.add_argument('--limit', type=int, help='only the first rows'); p.add_argument('--batch', type=int, default=8, help='rows a pass'); p.add_argument('--max-new-tokens', type=int, help='of an answer; the default is 256, or half as long again as the longest true answer where that is more')
     p.add_argument('--groups', help="rows that are not independent: those of one group, where the rows have that field, else of one picture, unless this names another field, or says 'row'")
     p.add_argument('--metrics', nargs='+', help="such as cer, anls, vqa, f1; the default is those of each row's task"); p.add_argument('--ignore', nargs='+', choices=('case','punctuation','space'), default=(), help='what texts are compared without')
     p.add_argument('--resume', help="a folder that keeps each model's answers as they come; what is there is not answered again")
@@ -207,7 +207,7 @@ def predict_options(p):
     p.add_argument('model', help='folder or hub id of a model or an adapter'); p.add_argument('images', nargs='*', help='picture files')
     p.add_argument('--question', default='Read the text.'); p.add_argument('--data', help='rows instead of pictures: a file, a folder, a .pdf, or owner/name:split of the hub')
     row_options(p)
-    p.add_argument('--batch', type=int, default=8, help='rows a pass'); p.add_argument('--max-new-tokens', type=int, default=256)
+    p.add_argument('--batch', type=int, default=8, help='rows a pass'); p.add_argument('--max-new-tokens', type=int, help='of an answer; the default is 256, or half as long again as the longest true answer where that is more')
     model_options(p)
 
 # %% ../nbs/cli.ipynb #bf261e75

@@ -102,7 +102,7 @@ def tune(
 )->tuple:               # (model, transformers' TrainOutput: steps, mean loss, seconds)
     "LoRA on every linear of both parts, for a number of minutes; the adapter is saved in `out/adapter`."
     model = FastVisionModel.get_peft_model(model, r=r, lora_alpha=r, random_state=seed)
-    args = VisionTrainingArguments(output_dir=str(out/'checkpoints'), per_device_train_batch_size=batch, gradient_accumulation_steps=1, num_train_epochs=1000,
+    args = VisionTrainingArguments(output_dir=str(out/'checkpoints'), per_device_train_batch_size=batch, gradient_accumulation_steps=1,
         max_minutes=minutes, learning_rate=learning_rate, warmup_steps=5, save_strategy='no', logging_steps=10, gradient_checkpointing=False, seed=seed)
     FastVisionModel.for_training(model)
     done = VisionTrainer(model=model, processing_class=processor, args=args, train_dataset=train).train()

@@ -169,7 +169,8 @@ class VisionTrainingArguments(TrainingArguments):
     save_total_limit:int|None = 2
     report_to:str|list[str]|None = 'none'                # nothing leaves the machine unless asked
     seed:int = 3407
-    max_minutes:float|None = None                        # a time budget: the run ends then, the learning rate at zero; steps and epochs still bound it
+    num_train_epochs:float|None = None                   # None: 3, or with max_minutes as many as there is time for
+    max_minutes:float|None = None                        # a time budget: the run ends then, the learning rate at zero; steps or epochs that are asked for still bound it
     max_seq_length:int|None = None                       # tokens of a row, pictures included; None: the model's
     max_length:int|None = None                           # TRL's name for it
     dataset_text_field:str = ''
@@ -189,6 +190,7 @@ class VisionTrainingArguments(TrainingArguments):
         m = self.max_minutes
         if m is not None and (isinstance(m, bool) or not isinstance(m, numbers.Real) or not m>0):
             raise ValueError(f"max_minutes must be a number above 0.\nFound: max_minutes={m!r}.\nTry: leave it out for no budget.")
+        if self.num_train_epochs is None: self.num_train_epochs = 3. if m is None else 1e6
         n = self.tokens_per_pass
         if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n<1):
             raise ValueError(f"tokens_per_pass must be a whole number of tokens.\nFound: tokens_per_pass={n!r}.\nTry: leave it out for passes of per_device_train_batch_size rows.")
