@@ -95,7 +95,7 @@ def work(a):
     gpu = torch.cuda.is_available()
     now = lambda: (torch.cuda.synchronize() if gpu else None, time.perf_counter())[1]
     def peak():
-        if gpu: return dict(peak_gib=torch.cuda.max_memory_reserved()/2**30, allocated_gib=torch.cuda.max_memory_allocated()/2**30)
+        if gpu: return dict(peak_gib=torch.cuda.max_memory_reserved()/2**30, allocated_gib=torch.cuda.max_memory_allocated()/2**30, emptied=torch.cuda.memory_stats().get('num_alloc_retries'))   # emptied: how often memory was given back to find room
         from vlm_ft.evaluation.precision import peak_gib
         return dict(peak_gib=peak_gib())
     class Turns(TrainerCallback):

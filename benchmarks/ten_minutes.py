@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from vlm_ft.base.recipe import MAIN
 from vlm_ft.demo import BASE, figures, room_for_answers, shuffled, tune
 from vlm_ft.evaluation.precision import peak_gib
 from vlm_ft.evaluation.generation import predict
@@ -21,6 +20,7 @@ from vlm_ft.merging import FastVisionModel
 from vlm_ft.readers import load_rows
 
 TASKS = {'ocr_lines_fraktur':'ocr', 'latex_ocr':'latex', 'receipts':'extract', 'captions':'vqa'}  # the rows of a set that are asked
+METRIC = dict(ocr='cer', vqa='accuracy', latex='cer', extract='f1')
 
 def read_set(folder:Path, task:str, limit=None)->tuple:
     "Training and test rows of one task."
@@ -51,8 +51,8 @@ def main():
     seconds = time.perf_counter()-start
     scores |= {'after':read(test), 'shuffled':read(shuffled(test)), 'majority':score(test, majority(train, test))}
     print(figures(scores))
-    value = {k: next(s for s in table if s['metric']==MAIN[task]) for k,table in scores.items()}
-    line = dict(trainer='vlm_ft', set=a.set, metric=MAIN[task], rows=len(test), train_rows=len(train), minutes=a.minutes, seconds=round(seconds, 1), steps=done.global_step, batch=a.batch, r=a.r,
+    value = {k: next(s for s in table if s['metric']==METRIC[task]) for k,table in scores.items()}
+    line = dict(trainer='vlm_ft', set=a.set, metric=METRIC[task], rows=len(test), train_rows=len(train), minutes=a.minutes, seconds=round(seconds, 1), steps=done.global_step, batch=a.batch, r=a.r,
                 learning_rate=a.learning_rate, max_pixels=a.max_pixels, seed=a.seed, peak_gib=peak_gib(), **{k: [v['value'], v['low'], v['high']] for k,v in value.items()})
     a.out.mkdir(parents=True, exist_ok=True)
     with open(a.out/'results.jsonl', 'a') as f: f.write(json.dumps(line)+'\n')
