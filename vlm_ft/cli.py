@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'Parser', 'model_options', 'load_settings', 'load', 'row_options', 'rows_of', 'opened_rows', 'demo',
-           'demo_options', 'train', 'train_options', 'evaluate', 'precisions', 'evaluate_options', 'merge',
-           'merge_options', 'predict', 'predict_options', 'check', 'check_options', 'plan', 'plan_options', 'parser',
-           'main']
+           'demo_options', 'share_or_number', 'train', 'train_options', 'evaluate', 'precisions', 'evaluate_options',
+           'merge', 'merge_options', 'predict', 'predict_options', 'check', 'check_options', 'plan', 'plan_options',
+           'parser', 'main']
 
 # %% ../nbs/cli.ipynb #6b29deb0
 import argparse, sys
@@ -81,6 +81,11 @@ def demo_options(p):
     p.add_argument('--r', type=int, default=16, help='rank of the adapter'); p.add_argument('--max-pixels', type=int, help="greatest area of a picture; the default is the model's own")
 
 # %% ../nbs/cli.ipynb #f1a1d38b
+def share_or_number(word:str)->int|float:
+    "A number of rows, where it is written whole; else a share."
+    try: return int(word)
+    except ValueError: return float(word)
+
 def train(a):
     "Train an adapter on your own rows."
     from vlm_ft.lora import trainable_report
@@ -92,23 +97,25 @@ def train(a):
     from vlm_ft.training import VisionTrainer
     from vlm_ft.merging import FastVisionModel
     from vlm_ft.splits import split_rows
+    if bad := [f"--{o.replace('_', '-')} {v}" for o in ('hold_out','epochs','steps','minutes','r','lora_alpha') if (v := getattr(a, o)) is not None and not v>0 and (o,v)!=('steps',-1)]: raise ValueError(
+        f"Numbers were given that must be above 0.\nFound: {', '.join(bad)}.\nTry: a larger number, or leave it out for the default.")
     if (Path(a.out)/'config.json').exists(): raise ValueError(f"{a.out} holds a whole model, and an adapter would be mixed into it.\nTry: another --out.")
     if a.resume: find_checkpoint(a.resume, a.out)
-    if a.by and not a.hold_out or a.hold_out and a.test: raise ValueError("--by says how --hold-out parts the rows, and --test names others to hold out.\n"
+    if a.by and a.hold_out is None or a.hold_out is not None and a.test: raise ValueError("--by says how --hold-out parts the rows, and --test names others to hold out.\n"
         f"Found: --hold-out {a.hold_out}, --by {a.by}, --test {a.test}.\nTry: --test alone, or --hold-out with or without --by.")
     rows,held = rows_of(a, a.data),rows_of(a, a.test) if a.test else None
-    if a.hold_out: rows,held = split_rows(rows, a.hold_out, a.by, a.seed)
-    if a.best and not held: raise ValueError(f"--best {a.best} is measured on held-out rows.\nFound: no --test and no --hold-out.\nTry: --test with rows, or --hold-out with a share.")
+    if a.hold_out is not None: rows,held = split_rows(rows, a.hold_out, a.by, a.seed)
+    if a.best and not held: raise ValueError(f"--best {a.best} is measured on held-out rows.\nFound: no --test and no --hold-out.\nTry: --test with rows, or --hold-out with a share or a number of rows.")
     best = dict(save_strategy='epoch', load_best_model_at_end=True, metric_for_best_model=a.best) if a.best else {}
-    args = VisionTrainingArguments(output_dir=a.out, num_train_epochs=a.epochs or (None if a.minutes else 1), max_steps=a.steps, max_minutes=a.minutes, learning_rate=a.learning_rate, seed=a.seed,
+    args = VisionTrainingArguments(output_dir=a.out, num_train_epochs=(1 if a.minutes is None else None) if a.epochs is None else a.epochs, max_steps=-1 if a.steps is None else a.steps, max_minutes=a.minutes, learning_rate=a.learning_rate, seed=a.seed,
                                    per_device_train_batch_size=a.batch, gradient_accumulation_steps=a.accumulate, eval_strategy='epoch' if held else 'no', **best)
     model,processor = load(a, a.model)
     if hasattr(model, 'peft_config'):
-        if chosen := [o for o in ('r','lora_alpha','no_vision','no_language','no_attention','no_mlp') if getattr(a, o)]: raise ValueError(
+        if chosen := [o for o in ('r','lora_alpha','no_vision','no_language','no_attention','no_mlp') if (v := getattr(a, o)) is not None and v is not False]: raise ValueError(
             f"{a.model} is an adapter, which has chosen already.\nFound: --{', --'.join(o.replace('_', '-') for o in chosen)}.\nTry: leave it out, or name the base.")
     else:
-        a.r = a.r or 16
-        model = FastVisionModel.get_peft_model(model, r=a.r, lora_alpha=a.lora_alpha or a.r, random_state=a.seed, finetune_vision_layers=not a.no_vision, finetune_language_layers=not a.no_language,
+        r = 16 if a.r is None else a.r
+        model = FastVisionModel.get_peft_model(model, r=r, lora_alpha=r if a.lora_alpha is None else a.lora_alpha, random_state=a.seed, finetune_vision_layers=not a.no_vision, finetune_language_layers=not a.no_language,
                                                finetune_attention_modules=not a.no_attention, finetune_mlp_modules=not a.no_mlp)
     print(table(trainable_report(model)))
     trainer = VisionTrainer(model=FastVisionModel.for_training(model), processing_class=processor, args=args, train_dataset=rows, eval_dataset=held,
@@ -119,11 +126,11 @@ def train(a):
 
 def train_options(p):
     p.add_argument('--data', required=True, help='rows to train on: a file, a folder, or owner/name:split of the hub'); p.add_argument('--test', help='held-out rows, read after each epoch')
-    p.add_argument('--hold-out', type=float, help='a share of --data to hold out instead, such as 0.1'); p.add_argument('--by', help='a column whose values --hold-out keeps together, such as writer; the default is group, or the picture')
+    p.add_argument('--hold-out', type=share_or_number, help='what to hold out of --data instead: a share, such as 0.1, or a number of rows, written without a point, such as 200'); p.add_argument('--by', help='a column whose values --hold-out keeps together, such as writer; the default is group, or the picture')
     row_options(p)
     p.add_argument('--best', help='a metric, such as cer: the model answers held-out rows after each epoch, and the epoch that is best by it is kept'); p.add_argument('--best-rows', type=int, default=64, help='how many of the held-out rows, from the first on')
     p.add_argument('--model', required=True, help='folder or hub id of a base, or of an adapter to train on'); p.add_argument('--out', required=True, help='folder for the adapter and checkpoints')
-    p.add_argument('--epochs', type=float, help='the default is 1, or with --minutes as many as there is time for'); p.add_argument('--steps', type=int, default=-1, help='instead of epochs'); p.add_argument('--minutes', type=float, help='time budget, at the end of which the learning rate is zero')
+    p.add_argument('--epochs', type=float, help='the default is 1, or with --minutes as many as there is time for'); p.add_argument('--steps', type=int, help='instead of epochs'); p.add_argument('--minutes', type=float, help='time budget, at the end of which the learning rate is zero')
     p.add_argument('--learning-rate', type=float, default=2e-4); p.add_argument('--batch', type=int, default=2, help='rows a pass'); p.add_argument('--accumulate', type=int, default=4, help='passes a step')
     p.add_argument('--r', type=int, help='rank; the default is 16'); p.add_argument('--lora-alpha', type=float, help='the default is r'); p.add_argument('--seed', type=int, default=3407)
     for part in ('vision','language','attention','mlp'): p.add_argument(f'--no-{part}', action='store_true', help=f'leave {part} frozen')
