@@ -1,5 +1,5 @@
 "Saving and merging across rooms: every family and precision, faults that must be found, folders that must not be left behind, and the hub."
-import base64,json,os,subprocess,sys,threading
+import base64,json,os,shutil,subprocess,sys,tempfile,threading
 from http.server import BaseHTTPRequestHandler,ThreadingHTTPServer
 from pathlib import Path
 
@@ -124,6 +124,66 @@ def test_a_disk_that_fills_up_leaves_nothing(folders, tmp_path):
     assert done.returncode==0 and done.stdout.count('True')==6 and 'False' not in done.stdout, done.stdout+done.stderr[-2000:]
     assert [p.name for p in tmp_path.iterdir()] == ['kept']                # the earlier good folder is still there, whole
     FastVisionModel.from_pretrained(str(kept))
+
+SHM = Path('/dev/shm')
+@pytest.mark.skipif(not os.access(SHM, os.W_OK) or SHM.stat().st_dev==Path(tempfile.gettempdir()).stat().st_dev, reason='needs two file systems: /dev/shm beside the temporary folder')
+def test_an_adapter_is_saved_through_a_link_to_another_disk(folders, tmp_path, monkeypatch):
+    model,_ = adapted(folders['qwen2_vl'])
+    with tempfile.TemporaryDirectory(dir=SHM) as other:
+        out = Path(other)/'out'; out.mkdir(); (out/'mine.txt').write_text('notes'); (tmp_path/'link').symlink_to(out)
+        model.add_adapter('second', model.peft_config['default'])                                         # PEFT gives it a folder of its own
+        for _ in range(2): model.save_pretrained(tmp_path/'link')
+        made = {'mine.txt','adapter_model.safetensors','second/adapter_model.safetensors'}
+        assert made <= {p.relative_to(out).as_posix() for p in out.rglob('*')} and (tmp_path/'link').is_symlink()
+        assert 'lora' in model.save_pretrained_merged(tmp_path/'link', save_method='lora', overwrite=True)['save_method'] and (tmp_path/'link').is_symlink()
+        before = sorted(out.rglob('*'))
+        def half(self, d, **kwargs): (Path(d)/'half').write_text(''); raise OSError('No space left on device')
+        monkeypatch.setattr(type(model), 'save_pretrained', half)
+        with pytest.raises(OSError, match='No space'): model.save_pretrained(tmp_path/'link')
+        assert sorted(out.rglob('*'))==before and os.listdir(other)==['out'] and os.listdir(tmp_path)==['link']
+
+def test_saving_leaves_the_mode_of_a_folder_as_mkdir_or_its_owner_set_it(folders, tmp_path):
+    model,_ = adapted(folders['qwen2_vl'])
+    mode = lambda name: (tmp_path/name).stat().st_mode&0o7777
+    for name in ('plain','peft','adapter'): (tmp_path/name).mkdir()
+    for name in ('peft','adapter'): (tmp_path/name).chmod(0o2775)
+    for name in ('peft','new-peft'): model.save_pretrained(tmp_path/name)
+    for name in ('adapter','new-adapter'): model.save_adapter(tmp_path/name)
+    assert [oct(mode(n)) for n in ('peft','adapter')]==['0o2775']*2 and mode('new-peft')==mode('new-adapter')==mode('plain')
+
+MOUNTED = '''
+import os, shutil, sys, torch
+from pathlib import Path
+torch.set_num_threads(1)
+from vlm_ft import FastVisionModel
+from vlm_ft.merging import whole_folder
+model,processor = FastVisionModel.from_pretrained(sys.argv[1])
+model = FastVisionModel.get_peft_model(model, r=8)
+for out in map(Path, sys.argv[2:]):
+    model.save_pretrained(out)
+    for p in out.iterdir(): p.unlink()
+    for kw in (dict(), dict(save_method='lora')): model.save_pretrained_merged(out, **kw)     # the second replaces the first
+    before = sorted(out.rglob('*'))
+    try:
+        with whole_folder(out, 10) as made: (made/'half').write_text(''); raise OSError('No space left')
+    except OSError as e: print('nothing of it is left' in str(e))
+    try: whole_folder(out, 2**33).__enter__()
+    except OSError as e: print('no room' in str(e))
+    print(sorted(out.rglob('*'))==before and (out/'adapter_model.safetensors').exists() and not (out/'model.safetensors').exists())
+    print(oct(out.stat().st_mode&0o7777)=='0o2775' and os.listdir(out.parent)==[out.name])
+'''
+MOUNT = '''
+set -e; cd "$1"; shift
+mkdir -p a/disk b/same c/locked; mount -t tmpfs -o size=64m,mode=2775 x a/disk
+mkdir y; mount -t tmpfs -o size=64m x y; mkdir -p y/from y/b/same; chmod 2775 y/from; mount --bind y/b b; mount --bind y/from b/same   # two mounts of one disk
+mount --bind c c; mount -t tmpfs -o size=64m,mode=2775 x c/locked; mount -o remount,bind,ro c
+exec "$@" a/disk b/same c/locked
+'''
+APART = ['unshare', '--mount', *(() if os.geteuid()==0 else ('--map-root-user',))]
+@pytest.mark.skipif(sys.platform!='linux' or not shutil.which('unshare') or subprocess.run([*APART, 'mount', '-t', 'tmpfs', 'x', '/mnt'], capture_output=True).returncode!=0, reason='needs to mount')
+def test_a_mount_point_is_written_to_from_inside(folders, tmp_path):
+    done = subprocess.run([*APART, 'sh', '-c', MOUNT, 'sh', tmp_path, sys.executable, '-c', MOUNTED, folders['qwen2_vl']], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH':os.getcwd()})
+    assert done.returncode==0 and done.stdout.count('True')==12 and 'False' not in done.stdout, done.stdout+done.stderr[-2000:]
 
 class StandIn(BaseHTTPRequestHandler):
     "The part of the hub that an upload uses, on this machine."

@@ -7,7 +7,7 @@ __all__ = ['check_target', 'whole_folder', 'method_named', 'save_adapter', 'save
            'save_pretrained', 'attach', 'with_saving']
 
 # %% ../nbs/05_merging.ipynb #33b0739d
-import copy, functools, inspect, json, os, shutil, tempfile, uuid
+import copy, errno, functools, inspect, json, os, shutil, stat, tempfile, uuid
 from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
@@ -38,6 +38,44 @@ def check_target(
                           + (", or overwrite=True to replace everything in it." if model else "; it holds no model, so overwrite=True would not replace it."))
 
 # %% ../nbs/05_merging.ipynb #201bc27e
+def _place(folder:Path)->Path:
+    "Where to build a folder: under a hidden name beside it, or inside it where nothing can be moved in from beside."
+    name = f'.{folder.name}-{uuid.uuid4().hex[:8]}'
+    beside,inside = next(p for p in folder.parents if p.exists())/name,folder/name
+    if not folder.is_dir(): return beside
+    try:
+        beside.mkdir(); beside.rename(inside)
+        return beside
+    except OSError as e: return beside if beside.exists() and e.errno!=errno.EXDEV else inside
+    finally:
+        for p in (beside,inside): shutil.rmtree(p, ignore_errors=True)
+
+def _fill(made:Path, folder:Path):
+    "Put what was made in the place of all that a folder holds, entry by entry; if one cannot be moved, all go back."
+    old = folder/f'{made.name}-old'
+    moves = [*((p, old/p.name) for p in folder.iterdir() if p!=made), *((p, folder/p.name) for p in made.iterdir())]
+    old.mkdir()
+    try:
+        for a,b in moves: a.rename(b)
+    except BaseException:
+        for a,b in reversed(moves):
+            if not os.path.lexists(a): b.rename(a)
+        old.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+def _replace(made:Path, folder:Path):
+    "Give a finished folder its name; what had it is removed last, and its mode and owner stay."
+    if not folder.exists(): return made.rename(folder)
+    there,new,old = folder.stat(),made.stat(),made.with_name(made.name+'-old')
+    if made.parent==folder or (there.st_uid,there.st_gid)!=(new.st_uid,new.st_gid): return _fill(made, folder)
+    try: folder.rename(old)
+    except OSError: return _fill(made, folder)   # a layer of a container's image, or another's folder
+    try: made.chmod(stat.S_IMODE(there.st_mode)); made.rename(folder)
+    except BaseException: old.rename(folder); raise
+    shutil.rmtree(old, ignore_errors=True)
+
+# %% ../nbs/05_merging.ipynb #f1acc5f7
 @contextmanager
 def whole_folder(
     folder,               # to be made
@@ -47,9 +85,8 @@ def whole_folder(
     "A new empty folder to write into, which takes its final name if all goes well and otherwise vanishes."
     folder = Path(folder).expanduser().resolve()
     check_target(folder, overwrite)
-    parent = next(p for p in folder.parents if p.exists())
-    if (free := shutil.disk_usage(parent).free) < n_bytes: raise OSError(f"There is no room for {folder}.\nFound: {free/2**30:.2f} GiB free, {n_bytes/2**30:.2f} GiB needed.\nTry: another disk.")
-    made = parent/f'.{folder.name}-{uuid.uuid4().hex[:8]}'
+    made = _place(folder)
+    if (free := shutil.disk_usage(made.parent).free) < n_bytes: raise OSError(f"There is no room for {folder}.\nFound: {free/2**30:.2f} GiB free, {n_bytes/2**30:.2f} GiB needed.\nTry: another disk.")
     try:
         made.mkdir()
         yield made
@@ -58,13 +95,6 @@ def whole_folder(
     except (OSError,SafetensorError) as e: raise OSError(f"{folder} could not be written, and nothing of it is left.\nFound: {e}\nTry: a folder that you may write to, on a disk with "
                                                          f"{n_bytes/2**30:.2f} GiB free.") from e
     finally: shutil.rmtree(made, ignore_errors=True)
-
-def _replace(made:Path, folder:Path):
-    "Give a finished folder its name; what had it is removed last."
-    old = made.with_name(made.name+'-old')
-    if folder.exists(): folder.rename(old)
-    made.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/05_merging.ipynb #1f8c75cc
 _METHODS = ('merged_16bit','merged_4bit','lora')
@@ -192,15 +222,21 @@ def push_to_hub_merged(
 
 # %% ../nbs/05_merging.ipynb #d94a2cc7
 def save_pretrained(model, save_directory, **kwargs):
-    "PEFT's own, written beside the folder and then moved in, whole or not at all; never into the base's folder."
+    "PEFT's own, written under a hidden name and then moved in, whole or not at all; never into the base's folder."
     check_apart(model, save_directory)
-    target = Path(save_directory).expanduser().absolute()
-    if kwargs.get('push_to_hub'): kwargs.setdefault('repo_id', target.name)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix='.saving-') as made:
-        try: type(model).save_pretrained(model, made, **kwargs)
+    named = Path(save_directory).expanduser().absolute()
+    if kwargs.get('push_to_hub'): kwargs.setdefault('repo_id', named.name)
+    target = named.resolve()      # a link may lead to another disk
+    made = _place(target)
+    try:
+        made.mkdir()
+        try: type(model).save_pretrained(model, str(made), **kwargs)
         except SafetensorError as e: raise OSError(f"The adapter could not be written to {target}.\nFound: {e}\nTry: another folder, or free some room.") from e
-        shutil.copytree(made, target, dirs_exist_ok=True, copy_function=os.replace)
+        target.mkdir(parents=True, exist_ok=True)
+        for p in sorted(made.rglob('*')):
+            to = target/p.relative_to(made)
+            to.mkdir(exist_ok=True) if p.is_dir() else p.replace(to)
+    finally: shutil.rmtree(made, ignore_errors=True)
 
 def attach(model, processor=None):
     "Give a model the methods that save it."
