@@ -1,7 +1,9 @@
 "Answers in slots beside `generate` row by row, on a model that has learnt to read and to stop; what bfloat16 changes."
-import json, random
+import io, json, random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pytest, torch
+from PIL import Image
 from transformers import GenerationConfig
 from vlm_ft.data import encode
 from vlm_ft.demo import BASE
@@ -9,6 +11,7 @@ from vlm_ft.evaluation.decoding import Slots, Writer
 from vlm_ft.evaluation.generation import predict, stop_ids
 from vlm_ft.evaluation.metrics import score
 from vlm_ft.loading import FastVisionModel
+from vlm_ft.messages import open_image
 from vlm_ft.readers import load_rows
 from vlm_ft.models.family import family_for
 from vlm_ft.models.tiny import drawn
@@ -95,3 +98,33 @@ def test_slots_are_bounded():
     try: predict(model, processor, lines(24), batch_size=4, max_new_tokens=40, progress=False)
     finally: Slots.admit = real
     assert len(sizes)==1 and next(iter(sizes))[0][0]==4
+
+def test_a_file_that_is_no_ledger_stays_as_it_is(tmp_path):
+    "Whatever resume= is pointed at by mistake, with or without an end of its last line."
+    model,processor = load(torch.float32)
+    path = tmp_path/'notes.jsonl'
+    for text in ('a line without an end', 'one\ntwo', '{"question": "q"}\n{"question": "r"}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match='no file of answers'): predict(model, processor, lines(1), max_new_tokens=4, progress=False, resume=path)
+        assert path.read_text()==text
+
+def test_lines_of_a_page_go_on(tmp_path):
+    "Rows that name parts of a file are told apart, and a change of the file or of a bound is noticed."
+    model,processor = load(torch.float32)
+    drawn('amber\nbirch', (80,64)).save(tmp_path/'page.png')
+    rows = [dict(image=f"{tmp_path/'page.png'}#xywh=0,{y},80,32", question='Read the line.') for y in (0,32)]
+    def answers(rows): return predict(model, processor, rows, max_new_tokens=8, progress=False, resume=tmp_path/'kept.jsonl')
+    first = answers(rows)
+    assert answers(rows)==first and len((tmp_path/'kept.jsonl').read_text().splitlines())==3
+    for other in (rows[::-1], [{**r, 'max_pixels':14336} for r in rows]):
+        with pytest.raises(ValueError, match='row 0: another prompt, picture or bound'): answers(other)
+    drawn('cedar', (80,64)).save(tmp_path/'page.png')
+    with pytest.raises(ValueError, match='row 0: another prompt'): answers(rows)
+
+def test_one_picture_for_many_threads():
+    "Rows may share a picture that was opened and not yet read."
+    out = io.BytesIO(); drawn('shared', (900,700)).save(out, 'PNG')
+    want = open_image(out.getvalue()).tobytes()
+    for _ in range(5):
+        shared = Image.open(io.BytesIO(out.getvalue()))
+        with ThreadPoolExecutor(4) as pool: assert {im.tobytes() for im in pool.map(open_image, [shared]*8)}=={want}

@@ -8,7 +8,7 @@ __all__ = ['DPI', 'PART', 'ROLES', 'PARTS', 'PICTURE', 'KEYS', 'DataError', 'wro
            'without_pictures']
 
 # %% ../nbs/messages.ipynb #ed720411
-import base64, functools, io, os, re
+import base64, functools, io, os, re, threading
 from contextlib import contextmanager
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -79,7 +79,7 @@ DPI,PART = 150,re.compile(r'#(xywh|page)=(\d+(?:,\d+){3}|\d+)$')    # dots an in
 @functools.lru_cache(1)
 def _whole(path:str, changed:int)->Image.Image:
     "A page, decoded; the last one is kept, since its lines follow each other."
-    with Image.open(path) as im: return ImageOps.exif_transpose(_decodable(im, path))      # upright, as it was looked at when the boxes were drawn
+    with Image.open(path) as im: return _upright(_decodable(im, path), path)      # upright, as it was looked at when the boxes were drawn
 
 def _box(path:str, x:int, y:int, w:int, h:int)->tuple:
     "A box as Pillow takes it; `DataError` unless it lies in the picture."
@@ -130,12 +130,15 @@ def _decodable(im, src)->Image.Image:
     if im.format=='EPS': raise wrong("a picture is a program, which would be run.", f"{_named(src)}: EPS", "save it as PNG.")
     return im
 
+_READING = threading.RLock()     # of PIL pictures, which rows may share: Pillow reads their pixels and notes at the first use
+
 @contextmanager
 def opened(src):
-    "The picture behind a reference, its header read and its pixels not yet."
+    "The picture behind a reference, its header read and its pixels not yet; a PIL picture is one thread's at a time."
     src = reference(src)
     try:
-        if isinstance(src, Image.Image): yield _decodable(src, src)
+        if isinstance(src, Image.Image):
+            with _READING: yield _decodable(src, src)
         elif at := part(src): yield _decodable(_part_of(*at), src)
         else:
             with Image.open(_file(src)) as im: yield _decodable(im, src)
@@ -146,12 +149,19 @@ def opened(src):
         raise wrong("a picture cannot be read.", f"{_named(src)}: {type(e).__name__}: {said}", "replace the file, or leave the row out.") from e
 
 # %% ../nbs/messages.ipynb #bd547cb1
+def _upright(im, src)->Image.Image:
+    "A copy, turned by its EXIF orientation; `DataError` where 8-bit values in 32-bit pixels would come out black."
+    if im.mode=='I' and im.format not in ('PNG','PPM') and 0<(most := im.getextrema()[1])<256:
+        raise wrong("a picture's pixels are 32-bit integers and look like 8-bit ones, which would come out black.", f"{_named(src)}: mode I, greatest value {most}",
+                    "Image.fromarray(array.astype('uint8')); of a file, a copy with 8 or 16 bits a channel.")
+    return ImageOps.exif_transpose(im)
+
 def open_image(
     src, # as for `reference`
 )->Image.Image:
     "A picture as models see it: RGB, upright by its EXIF orientation, 16 bit scaled to 8, transparency on white."
-    with opened(src) as im:
-        im = ImageOps.exif_transpose(im)
+    with opened(src := reference(src)) as im:
+        im = ImageOps.exif_transpose(im) if part(src) else _upright(im, src)       # a page was looked at as a whole
         if im.mode=='F': raise wrong("a picture's pixels are floats, so its white is unknown.", src, "save it with 8 or 16 bits a channel.")
         if im.mode.startswith('I'): im = Image.fromarray((np.asarray(im).clip(0, 65535)//257).astype(np.uint8))
         if im.mode in ('RGBA','LA','PA','RGBa','La') or 'transparency' in im.info:

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['ARROW', 'named', 'read_predictions', 'one_each', 'read_data', 'verdict', 'judged', 'confusions', 'Comparison', 'each',
-           'compare']
+           'kept_in', 'compare']
 
 # %% ../../nbs/evaluation/compare.ipynb #bb0106bc
 import gc,inspect,io,itertools,json,os,re
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from urllib.parse import quote
 import numpy as np
 from fastcore.basics import patch
 from PIL import Image
@@ -67,7 +68,7 @@ def _as_written(name, lines, rows)->list:
     "What `predict` appended to a file."
     from vlm_ft.evaluation.generation import Answers, row_key
     done = {l['row']:l for l in lines}
-    if rows is not None: refuse_rows(f"{name!r} answers other prompts or pictures than these rows have.", {i:l['answer'] for i,l in sorted(done.items()) if i<len(rows) and l['key']!=row_key(rows[i])})
+    if rows is not None: refuse_rows(f"{name!r} answers other prompts or pictures than these rows have.", {i:l['answer'] for i,l in sorted(done.items()) if i<len(rows) and l['key'].split()[0]!=row_key(rows[i]).split()[0]})   # how large a picture was shown is the model's affair
     return Answers((done[i]['answer'] if i in done else None for i in range(max(done, default=-1)+1)), (i for i,l in done.items() if not l['closed']))
 
 def one_each(
@@ -362,6 +363,10 @@ def _run(model, rows, settings, load):
         gc.collect()
         if torch.cuda.is_available(): torch.cuda.empty_cache()
 
+def kept_in(name:str)->str:
+    "The name of the file that keeps a model's answers; two models have two."
+    return re.sub(r'[^-.=+@ \w]', lambda m: quote(m[0], safe=''), name)+'.jsonl'
+
 def compare(
     models,                  # {name: folder or hub id, (model, processor), 'http://…/v1#model', function of rows, list of answers, or .jsonl file of them}, or a list of folders
     data,                    # rows with answers, or the path of a .jsonl file
@@ -388,7 +393,7 @@ def compare(
     for name,model in ready.items():
         if name in answers: continue
         if progress: print(name, flush=True)
-        file = {} if resume is None else {'resume':Path(resume)/f"{re.sub(r'[^-.=+@ a-zA-Z0-9_]', '_', name)}.jsonl"}
+        file = {} if resume is None else {'resume':Path(resume)/kept_in(name)}
         answers[name] = _run(model, rows, dict(batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress, **file), load)
     answers = {name:answers[name] for name in ready}
     return Comparison(rows, answers, labels, title, form, metrics)
