@@ -213,3 +213,102 @@ def test_half_precision_reaches_the_model(packing, tmp_path, monkeypatch):
     args = VisionTrainingArguments(tmp_path, packing=packing, bf16=True, **ONE_STEP)
     VisionTrainer(model, args, train_dataset=ROWS[:2], processing_class=processor, progress=False).train()
     assert found and all(found)
+
+def small(name, folder, model=None, rows=ROWS, progress=False, **kwargs):
+    "A trainer of a tiny model; what is no training argument goes to the trainer."
+    model,processor = (model, tiny(name)[1]) if model is not None else adapted(name)
+    own = {k:kwargs.pop(k) for k in ('eval_dataset','data_collator','optimizers','formatting_func','callbacks') if k in kwargs}
+    if 'data_collator' in own: own['data_collator'] = own['data_collator'](model, processor)
+    args = VisionTrainingArguments(folder, **{**dict(use_cpu=True, save_strategy='no', max_steps=2, logging_steps=1, seed=1, gradient_accumulation_steps=1), **kwargs})
+    return VisionTrainer(model, args, train_dataset=rows, processing_class=processor, progress=progress, **own)
+
+def test_evaluated_before_it_trains(tmp_path, capsys):
+    trainer = small('qwen2_vl', tmp_path, progress=True)
+    loss = trainer.evaluate(ROWS[:2])['eval_loss']
+    assert f'{loss:.4g}'[:4] in capsys.readouterr().out
+    trainer._paused = 1e6                                                                     # an evaluation of days
+    trainer.train()
+    assert [l['tokens_per_second']<1e7 for l in trainer.state.log_history if 'loss' in l]==[True, True]
+
+def test_another_set_after_the_first(tmp_path):
+    "Loaders that live on are not another set's."
+    persistent = small('qwen2_vl', tmp_path, dataloader_num_workers=1, dataloader_persistent_workers=True)
+    plain = small('qwen2_vl', tmp_path, model=persistent.model)
+    for rows in (ROWS[:2], ROWS[2:4]): assert persistent.evaluate(rows)['eval_loss']==pytest.approx(plain.evaluate(rows)['eval_loss'], rel=1e-5)
+
+@pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.parametrize('how', (dict(target_modules=['q_proj','lm_head']), dict(modules_to_save=['lm_head'])))
+def test_an_adapted_head_learns(name, how, tmp_path):
+    "Packed or not: an adapter over the last layer, or a copy beside it, has the same gradients."
+    grads = {}
+    for packing in (True, False):
+        seen = Gradients()
+        model = get_peft_model(tiny(name)[0], r=4, random_state=0, **how)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for n,p in model.named_parameters():
+                if 'lora_B' in n: p.normal_(std=0.02)
+        small(name, tmp_path, model=model, packing=packing, callbacks=[seen], max_steps=1, max_grad_norm=0, half_products=False, per_device_train_batch_size=8).train()
+        grads[packing] = seen.grads
+    head = [n for n in grads[True] if 'lm_head' in n]
+    assert head and grads[True].keys()==grads[False].keys()
+    for n,g in grads[False].items(): assert (g-grads[True][n]).abs().max()<=2e-5*g.abs().max(), n
+
+@pytest.mark.parametrize('how', (dict(eval_strategy='steps', eval_steps=1, per_device_eval_batch_size=1), dict(train_sampling_strategy='group_by_length'), dict(tokens_per_pass=600)))
+def test_skipped_pictures_everywhere(how, tmp_path):
+    "A row that is left out is left out of evaluations and lengths as well."
+    rows = [*ROWS[:3], {'image':b'no picture', 'question':'Read.', 'answer':'x'}]
+    held = dict(eval_dataset=rows) if 'eval_steps' in how else {}
+    trainer = small('qwen2_vl', tmp_path, rows=rows, data_collator=lambda m, p: VisionDataCollator(m, p, on_bad_picture='skip'), **held, **how)
+    trainer.train()
+    losses = [l['eval_loss'] for l in trainer.state.log_history if 'eval_loss' in l]
+    assert len(losses)==2*bool(held) and all(l==l for l in losses)
+    if held: assert losses[-1]==pytest.approx(trainer.evaluate(ROWS[:3])['eval_loss'], rel=1e-5)
+
+def test_a_time_budget_is_the_run_s_own(tmp_path):
+    trainer = small('qwen2_vl', tmp_path, max_minutes=.01, max_steps=-1)
+    short = trainer.train().metrics['train_runtime']
+    trainer.args.max_minutes = .06
+    assert short<3<trainer.train().metrics['train_runtime']
+    model,_ = adapted('qwen2_vl')
+    adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    with pytest.raises(ValueError, match='falls by the clock'): small('qwen2_vl', tmp_path, model=model, max_minutes=1, optimizers=(adam, torch.optim.lr_scheduler.ConstantLR(adam)))
+
+def test_warm_up_by_the_clock(tmp_path):
+    trainer = small('qwen2_vl', tmp_path, max_minutes=.05, max_steps=-1, warmup_ratio=.5)
+    trainer.train()
+    rates = [l['learning_rate'] for l in trainer.state.log_history if 'loss' in l]
+    top = rates.index(max(rates))
+    assert .2*len(rates)<top<.8*len(rates) and rates[0]<.2*max(rates) and rates[-1]<.3*max(rates)
+
+def test_what_the_collator_has_already(tmp_path):
+    "An argument beside a collator that would not be heard is refused, whatever else is set."
+    for more in ({}, dict(max_seq_length=500)):
+        with pytest.raises(TypeError, match='belong to the collator'): small('qwen2_vl', tmp_path, data_collator=VisionDataCollator, formatting_func=lambda r: r, **more)
+
+def test_a_pass_that_is_broken_off(tmp_path):
+    "Ctrl-C in the pass that is watched leaves neither hooks nor what would watch every later tensor."
+    trainer = small('qwen2_vl', tmp_path, gradient_checkpointing=True)
+    block = next(m for m in trainer.model.modules() if type(m).__name__=='Qwen2VLDecoderLayer')
+    before = len(block._forward_hooks),len(block._forward_pre_hooks)
+    def stop(*_): raise KeyboardInterrupt
+    hook = block.mlp.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt): trainer.train()
+    hook.remove()
+    assert (len(block._forward_hooks),len(block._forward_pre_hooks))==before
+    t = torch.ones(3, requires_grad=True); out = t*t; noted = [len(k.seen) for k in trainer.recompute.kept.values()]
+    assert [len(k.seen) for k in trainer.recompute.kept.values()]==noted and out.grad_fn._saved_self is not None
+    assert all(not k.inside for k in trainer.recompute.kept.values())
+
+def test_room_for_weights_alone(tmp_path, monkeypatch):
+    "Saving a model that has been trained needs no room for the optimizer's state."
+    import shutil
+    model,processor = tiny('qwen2_vl')
+    for p in model.parameters(): p.requires_grad_(True)
+    trainer = VisionTrainer(model, VisionTrainingArguments(tmp_path/'run', use_cpu=True, save_strategy='no', max_steps=1), train_dataset=ROWS, processing_class=processor, progress=False)
+    weights = sum(p.numel()*p.element_size() for p in model.parameters())+20*2**20
+    monkeypatch.setattr(shutil, 'disk_usage', lambda f: SimpleNamespace(free=weights))
+    trainer.save_model(tmp_path/'saved')
+    assert (tmp_path/'saved'/'model.safetensors').exists()
+    monkeypatch.setattr(shutil, 'disk_usage', lambda f: SimpleNamespace(free=weights-1))
+    with pytest.raises(OSError, match='too full'): trainer.save_model(tmp_path/'more')

@@ -129,6 +129,7 @@ def get_peft_model(model,
         f"Found: {', '.join(model.peft_config)}.\nTry: train on with the one it has, or model.merge_and_unload() first, or load the base again.")
     family,flags = family_for(model),(finetune_vision_layers, finetune_language_layers, finetune_attention_modules, finetune_mlp_modules)
     check_numbers(r, lora_alpha, lora_dropout, bias, loftq_config)
+    if isinstance(modules_to_save, str): modules_to_save = [modules_to_save]                   # PEFT would take it letter by letter
     if modules_to_save is not None: check_names(model, modules_to_save, 'modules_to_save')
     whole = getattr(model, 'full_finetuning', False)
     if whole and (target_modules or modules_to_save): raise ValueError("With full_finetuning=True the four flags choose, and there is no adapter.\n"

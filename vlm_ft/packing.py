@@ -176,4 +176,6 @@ def packed_loss(
     base,family,at = base_of(model),family_for(model),batch['supervised']
     own = {k:v for k,v in batch.items() if k not in ('labels','supervised')}
     hidden = base.model(**family.see(base, family.pixels(own, base)), use_cache=False).last_hidden_state[0]   # bytes become numbers only here, where the model is
-    return supervised_loss(hidden.index_select(0, at), base.lm_head.weight, batch['labels'][0,1:].index_select(0, at), len(at) if n_items is None else n_items)
+    hidden,targets,n,head = hidden.index_select(0, at),batch['labels'][0,1:].index_select(0, at),len(at) if n_items is None else n_items,base.lm_head
+    if type(head) is torch.nn.Linear: return supervised_loss(hidden, head.weight, targets, n)
+    return F.cross_entropy(head(hidden).float(), targets, reduction='sum')/n                   # an adapter is over it, or a copy that trains beside it

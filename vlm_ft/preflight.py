@@ -46,11 +46,14 @@ def check_args(
     if bad: raise ValueError(f"{type(args).__name__} cannot be used as it is.\n" + "\n".join(f"  - {b}" for b in bad))
 
 # %% ../nbs/preflight.ipynb #eec3fe7a
-def checkpoint_bytes(model)->int:
+def checkpoint_bytes(
+    model,
+    optimizer:bool=True, # whether its state is written too
+)->int:
     "What a checkpoint takes at most: an adapter's weights (or the whole model), two float32 numbers of Adam's a trained one, and a tokenizer."
     trained = [p for p in model.parameters() if p.requires_grad]
     weights = trained if hasattr(model, 'peft_config') else model.parameters()
-    return sum(p.numel()*p.element_size() for p in weights) + sum(8*p.numel() for p in trained) + 20*2**20
+    return sum(p.numel()*p.element_size() for p in weights) + sum(8*p.numel() for p in trained)*optimizer + 20*2**20
 
 def check_room(
     folder,        # made if it is not there
@@ -64,4 +67,4 @@ def check_room(
     except OSError as e: raise OSError(f"Nothing can be written to {folder}.\nFound: {type(e).__name__}: {e}\nTry: another output_dir, or free some room.") from e
     if (free := shutil.disk_usage(folder).free) < n_bytes: raise OSError(
         f"The disk is too full for a checkpoint in {folder}.\nFound: {free/2**20:,.0f} MiB free, and a checkpoint takes up to {n_bytes/2**20:,.0f} MiB.\n"
-        "Try: free some room, another output_dir, or save_strategy='no'.")
+        "Try: free some room, another folder, or for no checkpoints save_strategy='no'.")

@@ -28,8 +28,9 @@ class StepLines(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero: return
-        step,last,spent = state.global_step,state.max_steps,time.monotonic()-self.start
+        step,last = state.global_step,state.max_steps
         if 'loss' in logs:
+            spent = time.monotonic()-self.start
             seconds = spent/(step-self.first)*(last-step)
             minutes = getattr(args, 'max_minutes', None)  # transformers' and TRL's arguments have none
             if minutes: seconds = max(0, min(seconds, 60*minutes-spent))

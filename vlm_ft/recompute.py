@@ -28,24 +28,25 @@ def kinds_of_blocks(
 class Kept:
     "Bytes that one block keeps for its backward pass, seen while it runs; the block is not run again meanwhile."
     def __init__(self, block, apart:set): # apart: storages that do not count
-        self.n_bytes,self.seen,self.block,self.ran = 0,set(apart),block,False
+        self.n_bytes,self.seen,self.block,self.ran,self.inside = 0,set(apart),block,False,False
         self.hooks = [block.register_forward_pre_hook(self._enter), block.register_forward_hook(self._leave)]
         block.gradient_checkpointing = False
 
     def _enter(self, block, args):
         self.ran = True
         self.watch = torch.autograd.graph.saved_tensors_hooks(self._note, lambda t: t)
-        self.watch.__enter__()
+        self.watch.__enter__(); self.inside = True
 
     def _note(self, t):
         storage = t.untyped_storage()
         if storage.data_ptr() not in self.seen: self.seen.add(storage.data_ptr()); self.n_bytes += storage.nbytes()
         return t
 
-    def _leave(self, block, args, out): self.watch.__exit__(None, None, None)
+    def _leave(self, block, args, out): self.watch.__exit__(None, None, None); self.inside = False
 
     def close(self)->int:
-        "The bytes; the block is left as it was."
+        "The bytes; the block is left as it was, also where it was broken off."
+        if self.inside: self._leave(self.block, (), None)
         for h in self.hooks: h.remove()
         return self.n_bytes
 
@@ -74,6 +75,10 @@ class Recompute:
         self.kept,self.found,self.fewest,self.rates = {kind: Kept(blocks[0], apart) for kind,blocks in self.kinds.items()} if self.gib!=0 else {},{},{},{}
         self.size = self.watched = {kind: self._size(kind, batch) for kind in self.kinds}
         self.pictures,self.still = 'pixel_values' in batch,_used(self.model.device, reset=True)
+
+    def give_up(self):
+        "After such a step that was broken off."
+        for k in self.kept.values(): k.close()
 
     def settle(self):
         "After that step."

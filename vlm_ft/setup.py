@@ -106,9 +106,10 @@ class VisionDataCollator:
         batch = pack_batch(features, self.family)
         return {**batch, 'image_keys':image_keys(batch, self.family)} if self.keyed else batch
 
-    def check(self, examples, decode=True)->list[dict]:
-        "`check_rows` on examples as this collator will read them; rows that it will skip are told."
-        unread = [] if self.on_bad_picture=='skip' else None
+    def check(self, examples, decode=True, unread=None)->list[dict]:
+        "`check_rows` on examples as this collator will read them; rows that it will skip are told, and with their errors appended to `unread`."
+        if unread is None: unread = []
+        unread = unread if self.on_bad_picture=='skip' else None
         found = check_rows(map(self.row, examples), self.processor, self.family, self.max_seq_length, self.resize, decode, unread)
         if unread: logging.getLogger('vlm_ft').warning(f"{len(unread)} row{'s' if len(unread)>1 else ''} will be left out, since a picture cannot be read:\n" + "\n".join(f"  row {n}: {text}" for n,text in unread))
         return found
@@ -190,6 +191,11 @@ class VisionTrainingArguments(TrainingArguments):
         m = self.max_minutes
         if m is not None and (isinstance(m, bool) or not isinstance(m, numbers.Real) or not m>0):
             raise ValueError(f"max_minutes must be a number above 0.\nFound: max_minutes={m!r}.\nTry: leave it out for no budget.")
+        open_end = m is not None and self.num_train_epochs is None and self.max_steps<=0
+        if open_end and (shares := [f'{k}={v}' for k in ('logging_steps','eval_steps','save_steps') if 0<((v := getattr(self, k)) or 0)<1]): raise ValueError(
+            f"A share of the steps is asked for, and nobody knows how many steps max_minutes will hold.\nFound: {', '.join(shares)}.\nTry: a number of steps, or num_train_epochs as well.")
+        if m is not None and self.lr_scheduler_type!='linear': raise ValueError(
+            f"With max_minutes the learning rate falls by the clock, in a straight line.\nFound: lr_scheduler_type={self.lr_scheduler_type!r}.\nTry: leave it out, or set max_steps in place of max_minutes.")
         if self.num_train_epochs is None: self.num_train_epochs = 3. if m is None else 1e6
         n = self.tokens_per_pass
         if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n<1):
