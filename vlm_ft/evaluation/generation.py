@@ -90,12 +90,12 @@ def _task_bounds(processor)->dict:
 
 def row_key(
     row,        # as for `to_messages`
-    by_task={}, # max_pixels by task, where the processor has such bounds
+    by_task=None, # max_pixels by task, where the processor has such bounds
 )->str:
     "What tells a row from a changed one: a digest of its prompt and the bytes of its pictures, then their bounds where it has any."
     messages,row = split_prompt(row)[0],to_messages(row)
     said = [(m['role'], m['content'] if isinstance(m['content'], str) else [p.get('text') for p in m['content']]) for m in messages]
-    bounds = dict(min_pixels=row.get('min_pixels'), max_pixels=row.get('max_pixels') or by_task.get(row.get('task')))
+    bounds = dict(min_pixels=row.get('min_pixels'), max_pixels=row.get('max_pixels') or (by_task or {}).get(row.get('task')))
     return ' '.join([digest(json.dumps(said), *map(_picture_key, pictures_of(messages))), *(f'{k}={n}' for k,n in bounds.items() if n)])
 
 def fingerprint(model)->str:
