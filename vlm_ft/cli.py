@@ -75,7 +75,7 @@ def demo_options(p):
     p.add_argument('--data', help='a .jsonl file of rows to train on, instead of the handwritten digits'); p.add_argument('--test', help='a .jsonl file of rows to test on')
     p.add_argument('--model', default=str(Path(__path__[0])/'base'), help='folder or hub id')
     p.add_argument('--out', default='vlm_ft_demo', help='folder for everything that is written')
-    p.add_argument('--minutes', type=float, default=1., help='time budget of the training'); p.add_argument('--limit', type=int, default=100, help='test rows that are read')
+    p.add_argument('--minutes', type=float, default=.8, help='time budget of the training'); p.add_argument('--limit', type=int, default=100, help='test rows that are read')
     p.add_argument('--max-new-tokens', type=int, help='of an answer; the default is half as long again as the longest in the rows'); p.add_argument('--learning-rate', type=float, default=1e-3)
     p.add_argument('--batch', type=int, default=16, help='rows a step'); p.add_argument('--seed', type=int, default=0)
     p.add_argument('--r', type=int, default=16, help='rank of the adapter'); p.add_argument('--max-pixels', type=int, help="greatest area of a picture; the default is the model's own")

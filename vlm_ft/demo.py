@@ -116,7 +116,7 @@ def run(
     data=None,           # .jsonl file of rows to train on; None: handwritten digits
     test=None,           # .jsonl file of rows to test on
     model=BASE,          # folder or hub id
-    minutes:float=1.,    # of training
+    minutes:float=.8,    # of training
     limit:int=100,       # test rows that are read
     max_new_tokens:int|None=None, # of an answer; None: see `room_for_answers`
     learning_rate=1e-3, batch:int=16, seed:int=0, r:int=16,
