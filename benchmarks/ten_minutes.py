@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from vlm_ft.base.recipe import MAIN
 from vlm_ft.demo import BASE, figures, room_for_answers, shuffled, tune
 from vlm_ft.evaluation.precision import peak_gib
 from vlm_ft.evaluation.generation import predict
@@ -20,7 +21,7 @@ from vlm_ft.merging import FastVisionModel
 from vlm_ft.readers import load_rows
 
 TASKS = {'ocr_lines_fraktur':'ocr', 'latex_ocr':'latex', 'receipts':'extract', 'captions':'vqa'}  # the rows of a set that are asked
-METRIC = dict(ocr='cer', vqa='accuracy', latex='cer', extract='f1')
+METRIC = MAIN | dict(extract='f1')
 
 def read_set(folder:Path, task:str, limit=None)->tuple:
     "Training and test rows of one task."

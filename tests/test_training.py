@@ -312,3 +312,8 @@ def test_room_for_weights_alone(tmp_path, monkeypatch):
     assert (tmp_path/'saved'/'model.safetensors').exists()
     monkeypatch.setattr(shutil, 'disk_usage', lambda f: SimpleNamespace(free=weights-1))
     with pytest.raises(OSError, match='too full'): trainer.save_model(tmp_path/'more')
+
+def test_one_held_out_set_does_not_speak_for_another(tmp_path):
+    trainer = small('qwen2_vl', tmp_path, eval_dataset={'a':ROWS[:2], 'b':ROWS[2:4]}, metric_for_best_model='a_loss')
+    assert trainer._unmeasured(MemoryError(), 'eval_a')=={'eval_a_loss':float('inf')} and trainer._unmeasured(MemoryError(), 'eval_b')=={}
+    assert small('qwen2_vl', tmp_path)._unmeasured(MemoryError(), 'eval')=={}

@@ -108,8 +108,7 @@ class VisionDataCollator:
 
     def check(self, examples, decode=True, unread=None)->list[dict]:
         "`check_rows` on examples as this collator will read them; rows that it will skip are told, and with their errors appended to `unread`."
-        if unread is None: unread = []
-        unread = unread if self.on_bad_picture=='skip' else None
+        unread = None if self.on_bad_picture!='skip' else [] if unread is None else unread
         found = check_rows(map(self.row, examples), self.processor, self.family, self.max_seq_length, self.resize, decode, unread)
         if unread: logging.getLogger('vlm_ft').warning(f"{len(unread)} row{'s' if len(unread)>1 else ''} will be left out, since a picture cannot be read:\n" + "\n".join(f"  row {n}: {text}" for n,text in unread))
         return found

@@ -403,8 +403,9 @@ def _forget_loaders(self:VisionTrainer):
 def _unmeasured(self:VisionTrainer, error, prefix)->dict:
     "What stands for an evaluation that did not fit: said, and never the best."
     logging.getLogger('vlm_ft').warning(f"An evaluation does not fit into memory with one row at a time. It is left out, and training goes on.\nFound: {error}\nTry: fewer held-out pixels or tokens, eval_generation=EvalByGeneration(max_new_tokens=…), or a smaller training batch.")
-    best = f"eval_{(self.args.metric_for_best_model or '').removeprefix('eval_')}"
-    return {best: -math.inf if self.args.greater_is_better else math.inf} if best.startswith(prefix+'_') and best!='eval_' else {}   # one of several sets does not speak for the others
+    best = self.args.metric_for_best_model
+    name = best and f"eval_{best.removeprefix('eval_')}"
+    return {name: -math.inf if self.args.greater_is_better else math.inf} if name and name.startswith(f'{prefix}_') else {}   # one of several sets does not speak for the others
 
 @patch
 def _loss_or_none(self:VisionTrainer, *args):
