@@ -2,6 +2,7 @@
 import copy
 from contextlib import nullcontext
 import pytest, torch, torch.nn.functional as F
+from transformers.models.mllama.modeling_mllama import _prepare_aspect_ratio_attention_mask
 from vlm_ft.data import encode
 from vlm_ft.evaluation.decoding import Writer, at_work
 from vlm_ft.kernels.attention import has_flash_attention_4
@@ -9,6 +10,7 @@ from vlm_ft.kernels.compiled import BlockGraphs
 from vlm_ft.loading import for_training
 from vlm_ft.lora import get_peft_model
 from vlm_ft.models.family import base_of, family_for
+from vlm_ft.models.mllama import tower_groups
 from vlm_ft.models.tiny import FAMILIES, drawn, tiny
 from vlm_ft.packing import bounds, pack_batch, packed, packed_attention, packed_loss
 from vlm_ft.recompute import RunAgain, kinds_of_blocks
@@ -162,3 +164,18 @@ def test_a_step_that_does_not_fit_says_what_would(tmp_path):
         with pytest.raises(torch.OutOfMemoryError, match='per_device_train_batch_size=1'): trainer.train()
     finally: torch.cuda.set_per_process_memory_fraction(1.)
     assert base_of(model).dtype==torch.float32
+
+@pytest.mark.parametrize('newest', (True, False))
+def test_attention_in_groups(newest):
+    "Llama's tower: patches of pictures see all four tiles, the rest sees the patches; against the published mask in float64, outputs and gradients."
+    if newest and not has_flash_attention_4(): pytest.skip('flash-attn-4 is not installed, or has no kernels for this GPU')
+    tiles,patches,filled,size = [2,4,1],145,152,80
+    mask = _prepare_aspect_ratio_attention_mask((torch.arange(4)<torch.tensor(tiles)[:,None]).long(), patches, filled, torch.float64)
+    g,module = torch.Generator().manual_seed(0),torch.nn.Module()
+    wide = [torch.randn(len(tiles), 4, 4*filled, size, generator=g).bfloat16() for _ in range(3)]
+    up,found = torch.randn(len(tiles), 4*filled, 4, size, generator=g).bfloat16(),[]
+    for device,dtype in (('cuda',torch.bfloat16), ('cpu',torch.float64)):
+        qkv = [t.to(device, dtype).requires_grad_() for t in wide]
+        out = packed_attention(module, *qkv, tower_groups(tiles, 4, patches, filled, 'cuda'), newest=newest)[0] if device=='cuda' else F.scaled_dot_product_attention(*qkv, mask).transpose(1, 2)
+        found.append([out.detach().cpu().double(), *(t.cpu().double() for t in torch.autograd.grad(out, qkv, up.to(device, dtype)))])
+    for a,b in zip(*found): assert (a-b).norm()<.02*b.norm()

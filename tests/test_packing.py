@@ -146,10 +146,10 @@ def test_which_kernel_rows_attend_by(newest, tmp_path, monkeypatch):
     run('pixtral', tmp_path, steps=1, flash_attention_4=newest)
     assert set(asked)=={(newest, True), (newest, False)}                     # the tower and the language model
 
-@pytest.mark.parametrize('ahead', (True, False))
-def test_a_pass_waits_for_no_number(ahead, monkeypatch):
-    "Over tensors that have shapes and no values, what would wait for a GPU's answer is an error; Qwen2-VL asks nothing, forwards and backwards, unless transformers' model sees the pictures by itself."
-    model,processor = tiny('qwen2_vl')
+@pytest.mark.parametrize('name,ahead', (('qwen2_vl',True), ('qwen2_vl',False), ('mllama',True)))
+def test_a_pass_waits_for_no_number(name, ahead, monkeypatch):
+    "Over tensors that have shapes and no values, what would wait for a GPU's answer is an error; Qwen2-VL and Llama 3.2 Vision ask nothing, forwards and backwards, Qwen2-VL unless transformers' model sees the pictures by itself."
+    model,processor = tiny(name)
     net,mode = hollow(model.config, adapt=lambda m: get_peft_model(m, r=4), dtype=torch.float32)
     family = family_for(net)
     for path in family.packs: net.get_submodule('base_model.model.'+path).config._attn_implementation = PLANNED

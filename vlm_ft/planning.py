@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLANNED', 'CONTEXT', 'LOSS', 'Unpacked', 'PackedLinear', 'WideNorm', 'packed_bytes', 'hollow', 'standing',
-           'KernelAttention', 'planned_attention', 'Bytes', 'sixteen_bit', 'dry_step', 'dry_head', 'Growth', 'through',
+           'KernelAttention', 'as_by_a_kernel', 'Bytes', 'sixteen_bit', 'dry_step', 'dry_head', 'Growth', 'through',
            'most_rows', 'grown', 'Plan', 'picture', 'planned_model', 'adapter_of', 'measure', 'plan', 'sample_row']
 
 # %% ../nbs/planning.ipynb #05b8f9ca
@@ -25,7 +25,7 @@ from .lora import add_adapter, get_peft_model
 from .messages import DataError, for_rows, image_size, to_messages
 from .readers import load_rows
 from .models.family import base_of, family_for, table
-from .packing import pack_batch, packed, packed_attention, packed_loss, packed_mask, supervised_loss
+from .packing import by_rows, pack_batch, packed, packed_attention, packed_loss, packed_mask, supervised_loss
 from .setup import pad_batch
 
 # %% ../nbs/planning.ipynb #ee5f1666
@@ -111,14 +111,13 @@ class KernelAttention(torch.autograd.Function):
         _sums = q.new_empty(q.shape, dtype=torch.float32)                       # the queries' gradients are summed in float32
         return tuple(map(torch.empty_like, (q, k, v)))
 
-def planned_attention(module, query, key, value, attention_mask, row_bounds=None, cu_seq_lens_q=None, **kwargs):
-    "`packed_attention` as a GPU does it."
+def as_by_a_kernel(query, key, value, *how):
+    "`by_rows` as a GPU does it in 16 bit."
     half = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else query.dtype
-    if attention_mask is not None or (row_bounds is None and cu_seq_lens_q is None) or half==torch.float32:
-        return packed_attention(module, query, key, value, attention_mask, row_bounds=row_bounds, cu_seq_lens_q=cu_seq_lens_q, **kwargs)
-    return KernelAttention.apply(*(t[0].transpose(0, 1).to(half) for t in (query, key, value)))[None].to(value.dtype), None
+    if half==torch.float32: return by_rows(query, key, value, *how)
+    return KernelAttention.apply(*(t[0].transpose(0, 1).to(half) for t in (query, key, value)))[None].to(value.dtype)
 
-AttentionInterface.register(PLANNED, planned_attention)
+AttentionInterface.register(PLANNED, functools.partial(packed_attention, rows=as_by_a_kernel))
 AttentionMaskInterface.register(PLANNED, packed_mask)
 
 class Bytes(TorchDispatchMode):

@@ -31,7 +31,7 @@ class BlockGraphs:
             self.calls += [(b, partial(forward, b)) for b in blocks]
 
     def __enter__(self):
-        self.patch = torch._dynamo.config.patch(suppress_errors=self.forgiving)
+        self.patch = torch._dynamo.config.patch(suppress_errors=self.forgiving, recompile_limit=64)   # Llama's tower has gated blocks and others, run with and without a graph: more kinds than the usual 8
         self.patch.__enter__()
         for block,call in self.calls: block.forward = call
 
