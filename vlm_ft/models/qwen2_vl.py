@@ -8,8 +8,10 @@ __all__ = ['Qwen2VLImageProcessor', 'Qwen2VLProcessor', 'Qwen2VL']
 # %% ../../nbs/models/qwen2_vl.ipynb #8d30ab91
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor as _Qwen2VLProcessor
+from transformers.activations import QuickGELUActivation
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
 import numpy as np, torch
+from ..kernels.quick_gelu import QuickGELU
 from .family import ByteReader, Family, ImageTokens, Seen, register
 
 # %% ../../nbs/models/qwen2_vl.ipynb #c86ef7bd
@@ -61,6 +63,11 @@ class Qwen2VL(Family):
 
     def blocks(self, root):
         return {'blocks':self.config.vision_config.depth} if root==self.vision else {'layers':self.config.text_config.num_hidden_layers}
+
+    def prepare(self, model):
+        "Let the tower's activation take fewer passes over memory."
+        for m in model.get_submodule(self.vision).modules():
+            if type(m) is QuickGELUActivation: m.__class__ = QuickGELU
 
     def set_resolution(self, processor, min_pixels=None, max_pixels=None):
         now = self.resolution(processor)
