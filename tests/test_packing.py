@@ -1,5 +1,4 @@
 "The switch: training with rows packed is training with rows padded, step by step, for every family."
-from contextlib import nullcontext
 from functools import partial
 import pytest, torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
@@ -146,16 +145,36 @@ def test_which_kernel_rows_attend_by(newest, tmp_path, monkeypatch):
     run('pixtral', tmp_path, steps=1, flash_attention_4=newest)
     assert set(asked)=={(newest, True), (newest, False)}                     # the tower and the language model
 
-@pytest.mark.parametrize('name,ahead', (('qwen2_vl',True), ('qwen2_vl',False), ('mllama',True)))
-def test_a_pass_waits_for_no_number(name, ahead, monkeypatch):
-    "Over tensors that have shapes and no values, what would wait for a GPU's answer is an error; Qwen2-VL and Llama 3.2 Vision ask nothing, forwards and backwards, Qwen2-VL unless transformers' model sees the pictures by itself."
-    model,processor = tiny(name)
-    net,mode = hollow(model.config, adapt=lambda m: get_peft_model(m, r=4), dtype=torch.float32)
+def without_values(name, batch, known=None):
+    "The batch's loss over tensors that have shapes and no values, backward too; with `known` features in place of pictures."
+    net,mode = hollow(tiny(name)[0].config, adapt=lambda m: get_peft_model(m, r=4, finetune_vision_layers=known is None), dtype=torch.float32)
     family = family_for(net)
     for path in family.packs: net.get_submodule('base_model.model.'+path).config._attn_implementation = PLANNED
-    batch = family.pixels(pack_batch([encode(to_messages(r), processor, family) for r in rows()], family))
     with mode, sixteen_bit(base_of(net)):
         batch = {k: mode.from_tensor(v) if torch.is_tensor(v) else v for k,v in batch.items()}
-        if not ahead: monkeypatch.setattr(type(family), 'see', lambda self, model, batch: batch)
-        with nullcontext() if ahead else pytest.raises(DataDependentOutputException): packed_loss(net, batch, 7).backward()
-    assert not ahead or all(p.grad is not None for p in net.parameters() if p.requires_grad)
+        if known: batch = with_features(net, batch, family, known)
+        packed_loss(net, batch, 7).backward()
+    assert all(p.grad is not None for p in net.parameters() if p.requires_grad)
+
+def batch_of(name):
+    model,processor = tiny(name)
+    family = family_for(model)
+    return model,family,family.pixels(pack_batch([encode(to_messages(r), processor, family) for r in rows()], family))
+
+@pytest.mark.parametrize('name', ('qwen2_vl','mllama'))
+def test_a_pass_waits_for_no_number(name, monkeypatch):
+    "Where tensors have no values, what would wait for a GPU's answer is an error: Qwen2-VL and Llama 3.2 Vision ask nothing, forwards and backwards; Qwen2-VL would, did transformers' model see the pictures by itself."
+    _,family,batch = batch_of(name)
+    without_values(name, batch)
+    if name=='mllama': return
+    monkeypatch.setattr(type(family), 'see', lambda self, model, batch: batch)
+    with pytest.raises(DataDependentOutputException): without_values(name, batch)
+
+@pytest.mark.parametrize('name', ('qwen2_vl','mllama'))
+def test_nor_for_where_a_known_picture_ends(name):
+    model,family,batch = batch_of(name)
+    cache,batch = FeatureCache(1),{**batch, 'image_keys':image_keys(batch, family)}
+    with_features(model, dict(batch), family, cache)
+    without_values(name, dict(batch), cache)
+    cache.kept.popitem()
+    with pytest.raises(DataDependentOutputException): without_values(name, dict(batch), cache)     # one that is not known is looked for, and that asks

@@ -57,7 +57,11 @@ class FeatureCache:
         self.hits,self.misses = self.hits+len(keys)-len(new),self.misses+len(new)
         for k,v in made.items():
             if v.nbytes<=self.room: self.kept[k] = v.cpu(); self.room -= v.nbytes
-        return [made[k] if k in made else self.kept[k].to(device, non_blocking=True) for k in keys]
+        return [made[k] if k in made else self._back(self.kept[k], torch.device(device)) for k in keys]
+
+    def _back(self, t, device):
+        "On the device; a copy from memory that may be paged out would wait until all that the GPU was told before is done."
+        return t.pin_memory().to(device, non_blocking=True) if device.type=='cuda' else t.to(device)
 
 # %% ../nbs/features.ipynb #b02178bf
 def with_features(
@@ -69,7 +73,9 @@ def with_features(
     "Let the cache look at the pictures."
     keys = batch.pop('image_keys')
     if not keys: return batch
-    base,pictures,values = base_of(model),family.pictures(batch),byte_values([batch])
-    read = lambda which: family.features(base, [family.pixels({**pictures[i], **values}, base) for i in which])   # bytes of a picture that is known stay bytes
+    base = base_of(model)
+    def read(which):                                                             # bytes of a picture that is known stay bytes
+        pictures,values = family.pictures(batch),byte_values([batch])            # where one ends and the next begins is asked of the device, and waited for
+        return family.features(base, [family.pixels({**pictures[i], **values}, base) for i in which])
     with torch.no_grad(): features = cache(keys, read, batch['input_ids'].device)
     return family.place(base, batch, features)

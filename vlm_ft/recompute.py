@@ -54,7 +54,7 @@ class Kept:
 class Recompute:
     "Decides before each step which blocks keep what they compute."
     def __init__(self, model, gib=None): # gib: memory for what blocks keep; None: what is free
-        self.model,self.gib,self.kinds,self.share = model,gib,kinds_of_blocks(model),1.   # share: of the room that is used
+        self.model,self.gib,self.kinds,self.share,self.emptied = model,gib,kinds_of_blocks(model),1.,0   # share: of the room that is used; emptied: how often torch ran into the limit before
         self.vision = {kind for kind in self.kinds if kind[0].startswith(family_for(model).vision)}
         self.pictured = set(self.vision)                  # kinds that do not run without a picture
         self.found,self.fewest,self.rates,self.seen = {},{},{},set()   # found: kind -> [blocks that keep everything, bytes of each]; fewest: of any step; rates: bytes a token or number; seen: kinds
@@ -75,6 +75,7 @@ class Recompute:
         self.kept,self.found,self.fewest,self.rates = {kind: Kept(blocks[0], apart) for kind,blocks in self.kinds.items()} if self.gib!=0 else {},{},{},{}
         self.size = self.watched = {kind: self._size(kind, batch) for kind in self.kinds}
         self.pictures,self.still = 'pixel_values' in batch,_used(self.model.device, reset=True)
+        self.emptied = _emptied(self.model.device)
 
     def give_up(self):
         "After such a step that was broken off."
@@ -92,7 +93,9 @@ class Recompute:
         self._spread()
 
     def fit(self, batch:dict):
-        "Before any other step: as many blocks as there is room for in it."
+        "Before any other step: as many blocks as there is room for in it; a twentieth less of them each time torch ran into the limit."
+        before,self.emptied = self.emptied,_emptied(self.model.device)
+        if self.emptied>before: self.share *= .95
         self.size,self.still = {kind: self._size(kind, batch) for kind in self.kinds},_used(self.model.device)
         self._spread()
 
@@ -126,6 +129,10 @@ def _used(device, reset:bool=False)->int:
     return torch.cuda.memory_allocated(device)
 
 def _peak(device)->int: return torch.cuda.max_memory_allocated(device) if device.type=='cuda' else 0
+
+def _emptied(device)->int:
+    "How often torch found no room, gave back what was free, and took it anew."
+    return torch.cuda.memory_stats(device).get('num_alloc_retries', 0) if device.type=='cuda' else 0
 
 def _most(device)->float:
     "Bytes that a step may take: nine tenths of a GPU, or of the share of it that the process was given; elsewhere half of what is free."

@@ -14,7 +14,7 @@ from torch import Tensor
 from peft.tuners.lora import Linear
 
 # %% ../../nbs/kernels/lora.ipynb #cff5818c
-TOKENS_AT_ONCE = 512   # of a product in bfloat16
+TOKENS_AT_ONCE = 2048,1024,512   # of a product in bfloat16
 _HALF = ContextVar('half_products', default=False)
 
 def multiplies_bf16()->bool:
@@ -36,6 +36,13 @@ if not hasattr(torch.ops.vlm_ft, 'add_product_'):                             # 
     torch.library.impl('vlm_ft::float32_product', 'CUDA')(lambda x, w: torch.mm(x, w, out_dtype=torch.float32))
     torch.library.register_fake('vlm_ft::float32_product')(lambda x, w: x.new_empty(x.shape[0], w.shape[1], dtype=torch.float32))
 
+def _pieces(tokens):
+    "Where products of so many tokens begin and end; as many as the smallest piece, at least."
+    lo = 0
+    for n in TOKENS_AT_ONCE:
+        while tokens-lo>=n: yield slice(lo, lo := lo+n)
+    if lo<tokens: yield slice(tokens-n, tokens)
+
 def wide_and_thin(
     x:Tensor, w:Tensor,    # (tokens, in) and (in, out)
     h:Tensor, b:Tensor,    # (tokens, r) and (r, out)
@@ -43,16 +50,15 @@ def wide_and_thin(
     half:bool=False,       # factors of the wide product in bfloat16, where there are tokens enough
 )->Tensor:                 # (tokens, out)
     "`x @ w + h @ b + bias`."
-    n,kind = TOKENS_AT_ONCE,torch.backends.mkldnn.matmul
+    kind = torch.backends.mkldnn.matmul
     in_pieces = half or x.dtype==torch.bfloat16 and not x.is_cuda
-    if not in_pieces or len(x)<n:
+    if not in_pieces or len(x)<TOKENS_AT_ONCE[-1]:
         y = h@b if bias is None else torch.addmm(bias, h, b)
         torch.ops.vlm_ft.add_product_(y, x, w) if torch.compiler.is_compiling() else y.addmm_(x, w)
         return y
     y,before = x.new_empty(len(x), w.shape[1]),kind.fp32_precision
     try:
-        for lo in (*range(0, len(x)-n, n), len(x)-n):
-            piece = slice(lo, lo+n)
+        for piece in _pieces(len(x)):
             kind.fp32_precision = 'bf16'; torch.mm(x[piece], w, out=y[piece]); kind.fp32_precision = 'ieee'
             y[piece].addmm_(h[piece], b)
             if bias is not None: y[piece] += bias

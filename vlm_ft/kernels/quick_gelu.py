@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['QuickGELU']
 
-# %% ../../nbs/kernels/quick_gelu.ipynb #cad40037
+# %% ../../nbs/kernels/quick_gelu.ipynb #f551a5b8
 import torch, torch.nn.functional as F
 from transformers.activations import QuickGELUActivation
 
-# %% ../../nbs/kernels/quick_gelu.ipynb #72fae173
+# %% ../../nbs/kernels/quick_gelu.ipynb #7bceb69d
 class _QuickGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
