@@ -6,7 +6,7 @@
 __all__ = ['pad_batch', 'VisionDataCollator', 'batch_cost', 'VisionTrainingArguments']
 
 # %% ../nbs/03_setup.ipynb #3f5fe404
-import dataclasses, functools, inspect, logging, numbers, re
+import dataclasses, functools, inspect, logging, numbers, re, warnings
 import torch
 from transformers.training_args import TrainingArguments
 from .data import PictureError, check_rows, encode
