@@ -7,15 +7,15 @@ __all__ = ['MllamaImageProcessor', 'MllamaProcessor', 'own_pictures_only', 'runs
            'VisionLayer', 'Mllama']
 
 # %% ../../nbs/models/mllama.ipynb #2fca8862
+from contextlib import ExitStack
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil, get_image_size_fit_to_canvas, get_optimal_tiled_canvas
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.mllama.modeling_mllama import MllamaVisionEncoderLayer
 from transformers.models.mllama.processing_mllama import MllamaProcessor as _MllamaProcessor
 from transformers.utils.generic import is_flash_attention_requested
-from contextlib import ExitStack
-import torch, torch.nn.functional as F
+import torch
 from fastcore.basics import patch
-from ..kernels.attention import Call, Groups
+from ..kernels.attention import Call, Groups, bounds
 from .family import ByteReader, Family, ImageTokens, Seen, register
 
 # %% ../../nbs/models/mllama.ipynb #9120dd0c
@@ -71,8 +71,6 @@ def runs_of(
     own = mask.any(0).any(-1,keepdim=True).expand(mask.shape[1:]).flatten()
     return [(b-a, (lines[a] if lines[a].any() else own).nonzero()[:,0].tolist(), int(lines[a].any())) for a,b in zip(starts, starts[1:])]
 
-def _bounds(lengths:list, device): return F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1,0)).to(device)
-
 def text_groups(
     runs:list,     # for each row its runs, of `runs_of`, tiles numbered over the batch
     tile_keys:int, # keys of a tile
@@ -87,7 +85,7 @@ def text_groups(
     def call(own):
         keys = torch.tensor([t for *_,tiles in own for t in tiles]).to(device)[:,None]*tile_keys+torch.arange(tile_keys, device=device)
         lengths,n_keys = [n for _,n,_ in own],[len(tiles)*tile_keys for *_,tiles in own]
-        return Call(sum(lengths), keys.flatten(), _bounds(lengths, device), _bounds(n_keys, device), max(lengths), max(n_keys))
+        return Call(sum(lengths), keys.flatten(), bounds(lengths).to(device), bounds(n_keys).to(device), max(lengths), max(n_keys))
     for own in calls.values(): queries += [a+i for a,n,_ in own for i in range(n)]
     return Groups(torch.tensor(queries).to(device), tuple(map(call, calls.values())))
 
@@ -104,8 +102,8 @@ def tower_groups(
     real = (torch.arange(n_tiles, device=device)<torch.tensor(tiles).to(device)[:,None])[...,None] & (torch.arange(filled, device=device)<patches)
     order = (~real).flatten().int().argsort(stable=True)                       # patches of pictures first, picture after picture
     rest = [whole-n for n in own]
-    calls = (Call(sum(own), None, _bounds(own, device), _bounds([whole]*len(tiles), device), max(own), whole),
-             Call(sum(rest), order[:sum(own)], _bounds(rest, device), _bounds(own, device), max(rest), max(own)))
+    calls = (Call(sum(own), None, bounds(own).to(device), bounds([whole]*len(tiles)).to(device), max(own), whole),
+             Call(sum(rest), order[:sum(own)], bounds(rest).to(device), bounds(own).to(device), max(rest), max(own)))
     return Groups(order, calls)
 
 # %% ../../nbs/models/mllama.ipynb #415da4ff
@@ -190,11 +188,10 @@ class Mllama(Family):
 
     def see(self, model, batch):
         if 'pixel_values' not in batch: return batch
-        return self.place(model, batch, self.look(model, {k: batch[k] for k in self.picture_keys}, batch['filled_tiles']))
+        return self.place(model, batch, [self.look(model, {k: batch[k] for k in self.picture_keys}, batch['filled_tiles']).flatten(0, 1)])
 
     def place(self, model, batch, features):
-        own = {k:v for k,v in batch.items() if k not in ('byte_values','filled_tiles',*self.picture_keys)}
-        return {**own, 'cross_attention_states':features.flatten(0, 1) if isinstance(features, torch.Tensor) else torch.cat(features)}
+        return {**{k:v for k,v in batch.items() if k not in ('byte_values','filled_tiles',*self.picture_keys)}, 'cross_attention_states':torch.cat(features)}
 
     def picture_layers(self): return tuple(self.config.text_config.cross_attention_layers)
 

@@ -12,6 +12,7 @@ from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImag
 from transformers.processing_utils import ProcessorMixin, ProcessingKwargs
 from transformers.utils.generic import is_flash_attention_requested
 import numpy as np
+from ..kernels.attention import bounds
 from .family import ByteReader, Family, ImageTokens, Seen, UnsupportedModel, register
 
 # %% ../../nbs/models/pixtral.ipynb #ec0c4e36
@@ -102,7 +103,7 @@ class Pixtral(Family):
             sizes,side = kwargs.get('image_sizes'),tower.patch_size
             if sizes is None or not is_flash_attention_requested(tower.config): return None
             lengths = [(h//side)*(w//side) for h,w in sizes.tolist()]
-            return args, {**kwargs, 'cu_seq_lens_q':F.pad(torch.tensor(lengths).cumsum(0), (1,0)).to(sizes.device, torch.int32), 'max_length_q':max(lengths)}
+            return args, {**kwargs, 'cu_seq_lens_q':bounds(lengths).to(sizes.device), 'max_length_q':max(lengths)}
         model.get_submodule(self.vision).register_forward_pre_hook(tell, with_kwargs=True)
 
     def pictures(self, batch):
