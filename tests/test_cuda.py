@@ -5,14 +5,14 @@ import pytest, torch, torch.nn.functional as F
 from transformers.models.mllama.modeling_mllama import _prepare_aspect_ratio_attention_mask
 from vlm_ft.data import encode
 from vlm_ft.evaluation.decoding import Writer, at_work
-from vlm_ft.kernels.attention import has_flash_attention_4
+from vlm_ft.kernels.attention import bounds, has_flash_attention_4
 from vlm_ft.kernels.compiled import BlockGraphs
 from vlm_ft.loading import for_training
 from vlm_ft.lora import get_peft_model
 from vlm_ft.models.family import base_of, family_for
-from vlm_ft.models.mllama import tower_groups
+from vlm_ft.models.mllama import text_groups, tower_groups
 from vlm_ft.models.tiny import FAMILIES, drawn, tiny
-from vlm_ft.packing import bounds, pack_batch, packed, packed_attention, packed_loss
+from vlm_ft.packing import pack_batch, packed, packed_attention, packed_loss
 from vlm_ft.recompute import RunAgain, kinds_of_blocks
 from vlm_ft.setup import VisionTrainingArguments, pad_batch
 from vlm_ft.training import VisionTrainer
@@ -165,17 +165,33 @@ def test_a_step_that_does_not_fit_says_what_would(tmp_path):
     finally: torch.cuda.set_per_process_memory_fraction(1.)
     assert base_of(model).dtype==torch.float32
 
-@pytest.mark.parametrize('newest', (True, False))
-def test_attention_in_groups(newest):
-    "Llama's tower: patches of pictures see all four tiles, the rest sees the patches; against the published mask in float64, outputs and gradients."
-    if newest and not has_flash_attention_4(): pytest.skip('flash-attn-4 is not installed, or has no kernels for this GPU')
-    tiles,patches,filled,size = [2,4,1],145,152,80
+def of_a_tower():
+    "Patches of pictures see all four tiles, the rest sees the patches: q, k, v, groups, transformers' mask."
+    tiles,patches,filled,size,g = [2,4,1],145,152,80,torch.Generator().manual_seed(0)
     mask = _prepare_aspect_ratio_attention_mask((torch.arange(4)<torch.tensor(tiles)[:,None]).long(), patches, filled, torch.float64)
-    g,module = torch.Generator().manual_seed(0),torch.nn.Module()
-    wide = [torch.randn(len(tiles), 4, 4*filled, size, generator=g).bfloat16() for _ in range(3)]
-    up,found = torch.randn(len(tiles), 4*filled, 4, size, generator=g).bfloat16(),[]
+    return *(torch.randn(len(tiles), 4, 4*filled, size, generator=g) for _ in range(3)),lambda device: tower_groups(tiles, 4, patches, filled, device),mask
+
+def of_a_text():
+    "Three rows: one with text before and after two pictures, one without a picture, one of one tile; fewer heads of keys."
+    runs,tile_keys,size,g = [[(3,[0,1,2,3,4,5,6,7],0), (20,[0,1],1), (60,[0,1,4,5,6],1)], [(30,[],0)], [(40,[8],1)]],145,128,torch.Generator().manual_seed(0)
+    mask,at = torch.full((1, 1, 153, 12*tile_keys), -torch.inf, dtype=torch.float64),0
+    for row in runs:
+        for n,tiles,_ in row:
+            for t in tiles: mask[...,at:at+n,t*tile_keys:(t+1)*tile_keys] = 0
+            at += n
+    return *(torch.randn(1, h, n, size, generator=g) for h,n in ((12,153), (2,12*tile_keys), (2,12*tile_keys))),lambda device: text_groups(runs, tile_keys, device),mask
+
+@pytest.mark.parametrize('newest', (True, False))
+@pytest.mark.parametrize('case', (of_a_tower, of_a_text))
+def test_attention_in_groups(case, newest):
+    "Llama 3.2 Vision's two cases without a mask, against the mask in float64, outputs and gradients; who sees nothing gets zeros."
+    if newest and not has_flash_attention_4(): pytest.skip('flash-attn-4 is not installed, or has no kernels for this GPU')
+    *wide,groups,mask = case()
+    blind = (mask!=0).all(-1, keepdim=True)                                        # (batch, 1, tokens, 1)
+    up,found = torch.randn(wide[0].shape, generator=torch.Generator().manual_seed(1)).bfloat16().transpose(1, 2),[]
     for device,dtype in (('cuda',torch.bfloat16), ('cpu',torch.float64)):
-        qkv = [t.to(device, dtype).requires_grad_() for t in wide]
-        out = packed_attention(module, *qkv, tower_groups(tiles, 4, patches, filled, 'cuda'), newest=newest)[0] if device=='cuda' else F.scaled_dot_product_attention(*qkv, mask).transpose(1, 2)
+        qkv = [t.bfloat16().to(device, dtype).requires_grad_() for t in wide]
+        if device=='cuda': out = packed_attention(torch.nn.Module(), *qkv, groups(device), newest=newest)[0]
+        else: out = F.scaled_dot_product_attention(*qkv, mask.masked_fill(blind, 0), enable_gqa=True).masked_fill(blind, 0).transpose(1, 2)
         found.append([out.detach().cpu().double(), *(t.cpu().double() for t in torch.autograd.grad(out, qkv, up.to(device, dtype)))])
     for a,b in zip(*found): assert (a-b).norm()<.02*b.norm()

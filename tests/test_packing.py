@@ -163,7 +163,7 @@ def batch_of(name):
 
 @pytest.mark.parametrize('name', ('qwen2_vl','mllama'))
 def test_a_pass_waits_for_no_number(name, monkeypatch):
-    "Where tensors have no values, what would wait for a GPU's answer is an error: Qwen2-VL and Llama 3.2 Vision ask nothing, forwards and backwards; Qwen2-VL would, did transformers' model see the pictures by itself."
+    "Where tensors have no values, to ask for one, and so to wait for a GPU's answer, is an error: Qwen2-VL and Llama 3.2 Vision ask for none, forwards and backwards; Qwen2-VL would, did transformers' model see the pictures by itself."
     _,family,batch = batch_of(name)
     without_values(name, batch)
     if name=='mllama': return

@@ -9,7 +9,7 @@ __all__ = ['image_keys', 'looks_once', 'free_gib', 'FeatureCache', 'with_feature
 import hashlib
 from pathlib import Path
 import torch
-from .models.family import base_of, byte_values
+from .models.family import base_of, byte_values, onto
 
 # %% ../nbs/features.ipynb #71efc4e2
 def image_keys(
@@ -57,11 +57,7 @@ class FeatureCache:
         self.hits,self.misses = self.hits+len(keys)-len(new),self.misses+len(new)
         for k,v in made.items():
             if v.nbytes<=self.room: self.kept[k] = v.cpu(); self.room -= v.nbytes
-        return [made[k] if k in made else self._back(self.kept[k], torch.device(device)) for k in keys]
-
-    def _back(self, t, device):
-        "On the device; a copy from memory that may be paged out would wait until all that the GPU was told before is done."
-        return t.pin_memory().to(device, non_blocking=True) if device.type=='cuda' else t.to(device)
+        return [made[k] if k in made else onto(self.kept[k], device) for k in keys]
 
 # %% ../nbs/features.ipynb #b02178bf
 def with_features(

@@ -53,7 +53,7 @@ PACKED,PACKED_TORCH = 'flash_packed','flash_packed_torch'  # names under which t
 
 def by_rows(
     query:Tensor, key:Tensor, value:Tensor,          # (1, heads, tokens, head size)
-    bounds:Tensor, key_bounds,                       # int32, (rows+1,) of queries, and of keys where these are others
+    bounds:Tensor, key_bounds,                       # int32, (rows+1,) of queries, and of keys where these are others; a row without queries has no keys
     longest:int, longest_keys,                       # tokens of the longest row
     causal:bool, scaling=None, dropout=0.,
     newest=True,                                     # flash-attn-4 where it can be used

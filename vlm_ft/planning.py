@@ -262,8 +262,8 @@ def grown(
     "How a pass grows: packed, packed without checkpointing, and padded."
     family,n_loss = family_for(model),int((feature['labels']!=-100).sum())
     step = lambda how, saving, backward: lambda n: dry_step(model, mode, pack_batch([feature]*n, family) if how else pad_batch([feature]*n, family, pad_id), saving, backward)
-    at = (1,4,16) if family.masks_pictures else (1,4)
-    bare,saving,padded = (through(step(how, saving, backward), at) for how,saving,backward in ((True,False,False), (True,True,True), (False,True,family.masks_pictures)))
+    at = lambda how: (1,4,16) if family.masks_pictures and not how else (1,4)
+    bare,saving,padded = (through(step(how, saving, backward), at(how)) for how,saving,backward in ((True,False,False), (True,True,True), (False,True,family.masks_pictures)))
     if not family.masks_pictures: padded['working'] = saving['working']                         # the blocks are the same, and grow alike
     packed_loss_ = functools.cache(lambda n: dry_head(model, mode, max(1, round(n*n_loss))))
     padded_loss = dry_head(model, mode, len(feature['input_ids']), False)

@@ -93,9 +93,8 @@ class Recompute:
         self._spread()
 
     def fit(self, batch:dict):
-        "Before any other step: as many blocks as there is room for in it; a twentieth less of them each time torch ran into the limit."
-        before,self.emptied = self.emptied,_emptied(self.model.device)
-        if self.emptied>before: self.share *= .95
+        "Before any other step: as many blocks as there is room for in it."
+        self.emptied = _emptied(self.model.device)
         self.size,self.still = {kind: self._size(kind, batch) for kind in self.kinds},_used(self.model.device)
         self._spread()
 
@@ -112,10 +111,17 @@ class Recompute:
     @property
     def keeps(self)->int: "Blocks that keep what could be computed again."; return sum(keep for keep,n in self.found.values() if n)
 
+    def end(self):
+        "After such a step: later ones keep a twentieth less where torch ran into the limit within it."
+        if _emptied(self.model.device)>self.emptied: self._cut(.95)
+
+    def _cut(self, by): self.share *= by*min(1., sum(keep*n for keep,n in self.found.values())/self.room)
+
     def less(self)->bool:
         "After a step that did not fit: three quarters of what is kept, and fewer blocks in any case. False: none kept anything."
         if not (before := self.keeps): return False
-        while self.keeps==before: self.share *= .75*min(1., sum(keep*n for keep,n in self.found.values())/self.room); self._spread()
+        while self.keeps==before: self._cut(.75); self._spread()
+        self.emptied = _emptied(self.model.device)
         return True
 
     def lines(self)->list[dict]:

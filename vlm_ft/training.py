@@ -307,6 +307,7 @@ def training_step(self:VisionTrainer, model, inputs, num_items_in_batch=None):
         if settles: self.recompute.give_up()
         raise
     if settles: self.recompute.settle()
+    elif self.recompute: self.recompute.end()
     return loss
 
 @patch

@@ -23,7 +23,8 @@ from .drawing import ALPHABET
 from .tasks import held_out,sample
 from ..evaluation.metrics import cer,score
 from ..kernels.compiled import BlockGraphs
-from ..packing import PACKED,bounds
+from ..kernels.attention import bounds
+from ..packing import PACKED
 
 # %% ../../nbs/base/recipe.ipynb #c5a76469
 SPECIAL = ['<|endoftext|>','<|im_start|>','<|im_end|>','<|vision_start|>','<|vision_end|>','<|vision_pad|>','<|image_pad|>','<|video_pad|>']

@@ -233,9 +233,10 @@ class Writer:
         batch = pack_batch(features, self.family)
         if self.kept is not None: batch['image_keys'] = image_keys(batch, self.family)
         batch = to_device(batch, self.model)
-        if self.kept is not None: batch = with_features(self.model, batch, self.family, self.kept)
         lengths,cache,shown = [len(f['input_ids']) for f in features],DynamicCache(),[self.family.shown(f) for f in features]
-        with packed(self.model, self.family): hidden = self.model.model(**self.family.see(self.model, self.family.pixels(batch, self.model)), past_key_values=cache, use_cache=True).last_hidden_state[0]
+        with packed(self.model, self.family):
+            if self.kept is not None: batch = with_features(self.model, batch, self.family, self.kept)
+            hidden = self.model.model(**self.family.see(self.model, self.family.pixels(batch, self.model)), past_key_values=cache, use_cache=True).last_hidden_state[0]
         self.slots.admit(cache, lengths, [len(s) for s in shown])
         for n,f,s in zip(numbers, features, shown):
             places = self.family.positions(f)

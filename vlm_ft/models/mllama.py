@@ -13,10 +13,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.mllama.modeling_mllama import MllamaVisionEncoderLayer
 from transformers.models.mllama.processing_mllama import MllamaProcessor as _MllamaProcessor
 from transformers.utils.generic import is_flash_attention_requested
+import inspect
 import torch
 from fastcore.basics import patch
 from ..kernels.attention import Call, Groups, bounds
-from .family import ByteReader, Family, ImageTokens, Seen, register
+from .family import ByteReader, Family, ImageTokens, Seen, onto, register
 
 # %% ../../nbs/models/mllama.ipynb #9120dd0c
 class MllamaImageProcessor(ByteReader, MllamaImageProcessorPil):
@@ -83,11 +84,11 @@ def text_groups(
             if tiles: calls.setdefault(i, []).append((at, n, tiles))
             at += n
     def call(own):
-        keys = torch.tensor([t for *_,tiles in own for t in tiles]).to(device)[:,None]*tile_keys+torch.arange(tile_keys, device=device)
+        keys = onto(torch.tensor([t for *_,tiles in own for t in tiles]), device)[:,None]*tile_keys+torch.arange(tile_keys, device=device)
         lengths,n_keys = [n for _,n,_ in own],[len(tiles)*tile_keys for *_,tiles in own]
-        return Call(sum(lengths), keys.flatten(), bounds(lengths).to(device), bounds(n_keys).to(device), max(lengths), max(n_keys))
+        return Call(sum(lengths), keys.flatten(), onto(bounds(lengths), device), onto(bounds(n_keys), device), max(lengths), max(n_keys))
     for own in calls.values(): queries += [a+i for a,n,_ in own for i in range(n)]
-    return Groups(torch.tensor(queries).to(device), tuple(map(call, calls.values())))
+    return Groups(onto(torch.tensor(queries), device), tuple(map(call, calls.values())))
 
 # %% ../../nbs/models/mllama.ipynb #fb8aabb6
 def tower_groups(
@@ -99,18 +100,18 @@ def tower_groups(
 )->Groups:
     "Who sees whom in the tower: patches of the picture see all, the rest sees them."
     whole,own = n_tiles*filled,[n*patches for n in tiles]
-    real = (torch.arange(n_tiles, device=device)<torch.tensor(tiles).to(device)[:,None])[...,None] & (torch.arange(filled, device=device)<patches)
+    real = (torch.arange(n_tiles, device=device)<onto(torch.tensor(tiles), device)[:,None])[...,None] & (torch.arange(filled, device=device)<patches)
     order = (~real).flatten().int().argsort(stable=True)                       # patches of pictures first, picture after picture
     rest = [whole-n for n in own]
-    calls = (Call(sum(own), None, bounds(own).to(device), bounds([whole]*len(tiles)).to(device), max(own), whole),
-             Call(sum(rest), order[:sum(own)], bounds(rest).to(device), bounds(own).to(device), max(rest), max(own)))
+    calls = (Call(sum(own), None, onto(bounds(own), device), onto(bounds([whole]*len(tiles)), device), max(own), whole),
+             Call(sum(rest), order[:sum(own)], onto(bounds(rest), device), onto(bounds(own), device), max(rest), max(own)))
     return Groups(order, calls)
 
 # %% ../../nbs/models/mllama.ipynb #415da4ff
 class VisionLayer(GradientCheckpointingLayer, MllamaVisionEncoderLayer):
     "Transformers' layer of the vision tower, run again in the backward pass where checkpointing is on."
     def forward(self, hidden_states=None, attention_mask=None, hidden_state=None):
-        return MllamaVisionEncoderLayer.forward.__wrapped__(self, hidden_state if hidden_states is None else hidden_states, attention_mask)
+        return inspect.unwrap(MllamaVisionEncoderLayer.forward)(self, hidden_state if hidden_states is None else hidden_states, attention_mask)
 
 # %% ../../nbs/models/mllama.ipynb #b1f63288
 @register
@@ -210,8 +211,8 @@ class Mllama(Family):
             mask,states = kwargs.get('cross_attention_mask'),kwargs.get('cross_attention_states')
             if states is None: return None
             if runs := kwargs.pop('picture_runs', None):
-                sees = torch.tensor([float(some) for row in runs for n,_,some in row for _ in range(n)]).to(states)
-                kwargs['cross_attention_mask'],kwargs['full_text_row_masked_out_mask'] = text_groups(runs, states.shape[1], states.device),sees[None,None,:,None]
+                sees = torch.tensor([float(some) for row in runs for n,_,some in row for _ in range(n)], dtype=states.dtype)
+                kwargs['cross_attention_mask'],kwargs['full_text_row_masked_out_mask'] = text_groups(runs, states.shape[1], states.device),onto(sees, states.device)[None,None,:,None]
             elif mask is None: return None
             else: kwargs['cross_attention_mask'],kwargs['cross_attention_states'] = own_pictures_only(mask, kwargs['full_text_row_masked_out_mask'], states, mask.shape[-1]//(states.shape[1]*processor_tiles))
             return args, kwargs
