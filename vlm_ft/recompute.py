@@ -113,7 +113,7 @@ class Recompute:
 
     def end(self):
         "After such a step: later ones keep a twentieth less where torch ran into the limit within it."
-        if _emptied(self.model.device)>self.emptied: self._cut(.95)
+        if self.keeps and _emptied(self.model.device)>self.emptied: self._cut(.95)
 
     def _cut(self, by): self.share *= by*min(1., sum(keep*n for keep,n in self.found.values())/self.room)
 

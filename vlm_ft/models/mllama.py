@@ -7,13 +7,13 @@ __all__ = ['MllamaImageProcessor', 'MllamaProcessor', 'own_pictures_only', 'runs
            'VisionLayer', 'Mllama']
 
 # %% ../../nbs/models/mllama.ipynb #2fca8862
+import inspect
 from contextlib import ExitStack
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil, get_image_size_fit_to_canvas, get_optimal_tiled_canvas
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.mllama.modeling_mllama import MllamaVisionEncoderLayer
 from transformers.models.mllama.processing_mllama import MllamaProcessor as _MllamaProcessor
 from transformers.utils.generic import is_flash_attention_requested
-import inspect
 import torch
 from fastcore.basics import patch
 from ..kernels.attention import Call, Groups, bounds
