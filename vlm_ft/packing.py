@@ -148,11 +148,11 @@ class _SupervisedLoss(torch.autograd.Function):
         for lo in range(0, len(hidden), n_at_once):
             h,t = hidden[lo:lo+n_at_once],targets[lo:lo+n_at_once]
             logits = (h@weight.T).float()
-            lse,own = logits.logsumexp(-1),logits.gather(1, t[:,None])[:,0]
-            loss += (lse-own).sum()
+            own,most = logits.gather(1, t[:,None]),logits.amax(-1, keepdim=True)
+            total = logits.sub_(most).exp_().sum(-1, keepdim=True)            # in place: they are the largest thing there is
+            loss += (most+total.log()-own).sum()
             if not any(want): continue
-            grad = logits.sub_(lse[:,None]).exp_()
-            grad.scatter_add_(1, t[:,None], -torch.ones_like(own)[:,None])
+            grad = logits.div_(total).scatter_add_(1, t[:,None], -torch.ones_like(own))
             grad = grad.div_(divisor).to(h.dtype)
             if want[0]: grad_hidden[lo:lo+n_at_once] = grad@weight
             if want[1]: grad_weight += (grad.T@h).float()
@@ -169,7 +169,7 @@ def supervised_loss(
     weight:Tensor,       # (vocabulary, width) of the last layer
     targets:Tensor,      # (tokens,) ids
     divisor=None,        # what the sum is divided by; None: the tokens
-    n_logits:int=2**26,  # numbers that exist at a time
+    n_logits:int=2**25,  # numbers that exist at a time
 )->Tensor:
     "Cross entropy without the table of logits."
     return _SupervisedLoss.apply(hidden, weight, targets, len(targets) if divisor is None else divisor, n_logits)
