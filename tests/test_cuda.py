@@ -1,5 +1,5 @@
 "What only a GPU can show: packed rows in float64 and 16 bit beside the rows alone, the kernels, and a trainer that runs there. `pytest --cuda tests/test_cuda.py`"
-import copy
+import copy, os, subprocess, sys
 from contextlib import nullcontext
 import pytest, torch, torch.nn.functional as F
 from transformers.models.mllama.modeling_mllama import _prepare_aspect_ratio_attention_mask
@@ -195,3 +195,11 @@ def test_attention_in_groups(case, newest):
         else: out = F.scaled_dot_product_attention(*qkv, mask.masked_fill(blind, 0), enable_gqa=True).masked_fill(blind, 0).transpose(1, 2)
         found.append([out.detach().cpu().double(), *(t.cpu().double() for t in torch.autograd.grad(out, qkv, up.to(device, dtype)))])
     for a,b in zip(*found): assert (a-b).norm()<.02*b.norm()
+
+def test_segments_grow_after_an_import_that_asked_the_gpu():
+    "Where torch read its settings before the model came, an hour of training would end in memory that lies in pieces."
+    lines = ("import torch; torch.cuda.get_device_properties(0)", "from vlm_ft import FastVisionModel, VisionTrainer", "from vlm_ft.demo import BASE", "model,_ = FastVisionModel.from_pretrained(BASE)",
+             "segments = torch.cuda.memory._snapshot()['segments']", "assert segments and all(s['is_expandable'] for s in segments), segments")
+    env = {k:v for k,v in os.environ.items() if k not in ('PYTORCH_ALLOC_CONF','PYTORCH_CUDA_ALLOC_CONF')}
+    done = subprocess.run([sys.executable, '-c', '\n'.join(lines)], env=env, capture_output=True, text=True)
+    assert not done.returncode, done.stderr[-2000:]

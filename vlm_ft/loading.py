@@ -56,7 +56,9 @@ def wanted_place(device=None, device_map=None):
 # %% ../nbs/00_loading.ipynb #750659de
 def let_segments_grow():
     "Ask torch, where nobody has told it how, to take a GPU's memory in segments that grow; Linux alone has them."
-    if sys.platform.startswith('linux') and not {'PYTORCH_ALLOC_CONF','PYTORCH_CUDA_ALLOC_CONF'} & os.environ.keys(): os.environ['PYTORCH_ALLOC_CONF'] = 'expandable_segments:True'
+    if not sys.platform.startswith('linux') or {'PYTORCH_ALLOC_CONF','PYTORCH_CUDA_ALLOC_CONF'} & os.environ.keys(): return
+    os.environ['PYTORCH_ALLOC_CONF'] = how = 'expandable_segments:True'
+    if torch.cuda.is_initialized(): torch._C._accelerator_setAllocatorSettings(how)
 
 # %% ../nbs/00_loading.ipynb #0e113446
 _DTYPES = {'bfloat16':torch.bfloat16, 'float16':torch.float16, 'float32':torch.float32}
