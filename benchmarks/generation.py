@@ -8,7 +8,7 @@ Every way gets the same encoded prompts, greedy, and the median of --repeats run
 a part of them (--alone), since its rows/s do not depend on how many there are.
 Random weights do not stop by themselves: with --stop-spread each answer ends at a length drawn evenly from that range, for all ways alike.
 """
-import argparse, json, random, statistics, time
+import argparse, gc, json, random, statistics, time
 from pathlib import Path
 
 import torch
@@ -86,6 +86,7 @@ def written(model, family, features, stops, n, batch_size, lengths):
     return [done[i] for i in range(len(features))]
 
 def timed(f, device)->tuple:  # (result, seconds, peak GiB of the GPU)
+    gc.collect()                                                              # recordings of the one before
     if device.type=='cuda': torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter(); out = f()
     if device.type=='cuda': torch.cuda.synchronize()

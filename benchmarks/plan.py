@@ -9,7 +9,6 @@ and compares the plan with torch's `max_memory_allocated`; `max_memory_reserved`
 again, so that a run that was cut off goes on. The table is printed in the end, from the file.
 """
 import argparse, json, subprocess, tempfile, time
-from contextlib import nullcontext
 from pathlib import Path
 
 from common import lines_of, processor_of, result_of
@@ -89,6 +88,7 @@ def case(a):
     from vlm_ft.models.family import family_for
     from vlm_ft.packing import pack_batch
     from vlm_ft.planning import dry_step, hollow, standing
+    from vlm_ft.recompute import RunAgain
     how,gpu = {'checkpointing':True, 'bits':16, 'vision':True, **SETTINGS[a.setting]},torch.cuda.is_available()
     if not gpu: how['bits'] = 16                                                # the logic alone
     config,processor = config_and_processor(a.arch)
@@ -109,7 +109,7 @@ def case(a):
     model.gradient_checkpointing_wanted = how['checkpointing']
     FastVisionModel.for_training(model)
     trainer = VisionTrainer(model, args, train_dataset=rows, processing_class=processor, progress=False)
-    trainer.aside = nullcontext()                                              # every block is run again, and its input stays where it is, as planned
+    if trainer.recompute: trainer.aside,trainer.again = False,RunAgain(model)  # every block is run again, and its input and the optimizer's state stay where they are, as planned
     if gpu: torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     trainer.train()

@@ -203,3 +203,17 @@ def test_segments_grow_after_an_import_that_asked_the_gpu():
     env = {k:v for k,v in os.environ.items() if k not in ('PYTORCH_ALLOC_CONF','PYTORCH_CUDA_ALLOC_CONF')}
     done = subprocess.run([sys.executable, '-c', '\n'.join(lines)], env=env, capture_output=True, text=True)
     assert not done.returncode, done.stderr[-2000:]
+
+def test_state_aside_changes_no_step(tmp_path):
+    "AdamW's moments wait in the processor's memory; the weights are those of a run in which they do not."
+    weights = []
+    for aside in (True, False):
+        model,processor,_ = adapted('qwen2_vl')
+        args = VisionTrainingArguments(output_dir=str(tmp_path/str(aside)), max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=1, save_strategy='no', dataloader_num_workers=0, activation_gib=0)
+        trainer = VisionTrainer(model.cuda(), args, train_dataset=rows(), processing_class=processor, progress=False)
+        trainer.aside = aside
+        trainer.train()
+        held = {t.device.type for s in trainer.optimizer.state.values() for t in s.values() if t.numel()>=2**8}
+        assert held=={'cpu' if aside else 'cuda'}, held
+        weights.append([p.detach().clone() for p in model.parameters() if p.requires_grad])
+    for a,b in zip(*weights): assert torch.equal(a, b)

@@ -27,7 +27,7 @@ from .kernels.lora import AdaptersAtHand, half_products
 from .packing import packed, packed_loss
 from .preflight import check_args, check_model, check_room, checkpoint_bytes
 from .progress import EvalByGeneration, History, StepLines
-from .recompute import Recompute, RunAgain, SavedGradients
+from .recompute import Recompute, RunAgain, SavedGradients, StateAside
 from .resume import check_checkpoint, check_unfinished, find_checkpoint, load_whole
 from .samplers import LengthGroups, TokenBatches
 from .kernels.compiled import BlockGraphs, Compiling
@@ -147,7 +147,8 @@ class VisionTrainer(Trainer):
         self.passes = self._passes(args.tokens_per_pass) if getattr(args, 'tokens_per_pass', None) else None
         self.can_repeat = hasattr(model, 'peft_config')                   # a pass: an adapter's gradients are small enough for a copy
         self.recompute = Recompute(model, getattr(args, 'activation_gib', None)) if args.gradient_checkpointing else None
-        self.again = RunAgain(model, aside=self.recompute.gib==0 and model.device.type=='cuda') if self.recompute and args.world_size==1 else nullcontext()
+        self.aside = bool(self.recompute and self.recompute.gib==0 and args.world_size==1 and model.device.type=='cuda')  # what a pass does not need waits in the processor's memory
+        self.again = RunAgain(model, aside=self.aside) if self.recompute and args.world_size==1 else nullcontext()
         self.adapters = AdaptersAtHand(model, dict(bf16=torch.bfloat16, fp16=torch.float16).get(self.accelerator.mixed_precision))
         self.compiling = Compiling(getattr(args, 'compile_blocks', None), model.device)
         self.graphs,self.budget = BlockGraphs(model, forgiving=self.compiling.wanted is None),None                     # budget: of minutes, once training begins
@@ -209,6 +210,13 @@ def floating_point_ops(self:VisionTrainer, inputs):
 def _trained(self:VisionTrainer)->list: "The parameters that the optimizer has."; return [p for group in self.optimizer.param_groups for p in group['params']]
 
 @patch
+def create_optimizer(self:VisionTrainer, model=None):
+    "Transformers' optimizer; torch's own waits where the blocks' inputs wait."
+    new,made = self.optimizer is None,Trainer.create_optimizer(self, model)
+    if new and self.aside and type(made).__module__.startswith('torch.'): StateAside(made)
+    return made
+
+@patch
 def _clip_grad_norm(self:VisionTrainer, model):
     "Transformers' clipping, of the parameters that train."
     return Trainer._clip_grad_norm(self, model) if self.args.world_size>1 else self.accelerator.clip_grad_norm_(self._trained(), self.args.max_grad_norm)
@@ -247,7 +255,7 @@ def memory_advice(
     tries = []
     if getattr(args, 'tokens_per_pass', None): tries += [f"tokens_per_pass={max(longest, tokens//2)}, with twice the gradient_accumulation_steps: the same step in smaller parts"]*(tokens>longest)
     elif rows>1: tries.append(f"per_device_train_batch_size={rows//2} with gradient_accumulation_steps={args.gradient_accumulation_steps*-(-rows//(rows//2))}: the same step in smaller parts")
-    if args.gradient_checkpointing and getattr(args, 'activation_gib', None)!=0: tries.append("activation_gib=0: every block is run again, and its input waits in the processor's memory")
+    if args.gradient_checkpointing and getattr(args, 'activation_gib', None)!=0: tries.append("activation_gib=0: every block is run again; its input and the optimizer's state wait in the processor's memory")
     if not args.gradient_checkpointing: tries.append("gradient_checkpointing=True: a third slower, a fraction of the memory")
     tries += ["a smaller max_pixels in from_pretrained: fewer tokens a picture", "load_in_4bit=True: a quarter of the weights' memory"]
     return (f"A step does not fit into the GPU's memory.\nFound: {rows} row{'s'*(rows>1)} of together {tokens:,} tokens, {image:,} of them picture; the longest has {longest:,}"
