@@ -100,11 +100,11 @@ def test_growth(name):
         assert abs(g.total(9)/whole-1)<(.08 if family.masks_pictures else .05), (how, saving, g.total(9), whole)
 
 def test_logits_come_in_parts():
-    "Packed, logits stop growing at 256 MiB; padded, they do not."
+    "Packed, logits stop growing at 128 MiB; padded, they do not."
     real,_ = tiny('qwen2_vl')
     net,mode = hollow(real.config, adapt=lambda m: get_peft_model(m, r=4))
     width,vocab = net.get_base_model().lm_head.weight.shape[::-1]
-    part = 2**26//vocab                                                                        # tokens
+    part = 2**25//vocab                                                                        # tokens
     two,eight = dry_head(net, mode, 2*part),dry_head(net, mode, 8*part)
     assert eight-two<=6*6*part*width*2                                                         # gradients of the hidden states, no logits
     assert dry_head(net, mode, 8*part, packing=False)>3.5*dry_head(net, mode, 2*part, packing=False)>3*2*part*vocab*4

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from vlm_ft.data import count_tokens
 from vlm_ft.writers import as_dataset
 from vlm_ft.lora import get_peft_model
 from vlm_ft.models.family import family_for
@@ -317,3 +318,13 @@ def test_one_held_out_set_does_not_speak_for_another(tmp_path):
     trainer = small('qwen2_vl', tmp_path, eval_dataset={'a':ROWS[:2], 'b':ROWS[2:4]}, metric_for_best_model='a_loss')
     assert trainer._unmeasured(MemoryError(), 'eval_a')=={'eval_a_loss':float('inf')} and trainer._unmeasured(MemoryError(), 'eval_b')=={}
     assert small('qwen2_vl', tmp_path)._unmeasured(MemoryError(), 'eval')=={}
+
+def test_a_pass_counts_what_llama_looks_at(tmp_path):
+    "Its pictures are one token each, and a thousand keys of cross-attention."
+    model,processor = adapted('mllama')
+    counts = [count_tokens(r, processor, family_for(model)) for r in ROWS]
+    sizes = [c['total']+c['cross'] for c in counts]
+    assert max(c['cross'] for c in counts)>2*max(c['image'] for c in counts)
+    args = VisionTrainingArguments(tmp_path, tokens_per_pass=max(sizes), **ONE_STEP)
+    passes = list(VisionTrainer(model, args, train_dataset=ROWS, processing_class=processor, progress=False).passes)
+    assert sorted(i for p in passes for i in p)==list(range(len(ROWS))) and len(passes)>1 and all(sum(sizes[i] for i in p)<=max(sizes) for p in passes)

@@ -150,18 +150,18 @@ class _SupervisedLoss(torch.autograd.Function):
             logits = (h@weight.T).float()
             own,most = logits.gather(1, t[:,None]),logits.amax(-1, keepdim=True)
             total = logits.sub_(most).exp_().sum(-1, keepdim=True)            # in place: they are the largest thing there is
-            loss += (most+total.log()-own).sum()
+            loss += (most-own+total.log()).sum()
             if not any(want): continue
-            grad = logits.div_(total).scatter_add_(1, t[:,None], -torch.ones_like(own))
-            grad = grad.div_(divisor).to(h.dtype)
+            grad = logits.div_(total).scatter_add_(1, t[:,None], -torch.ones_like(own)).to(h.dtype)   # not divided yet: float16 would lose the small ones
             if want[0]: grad_hidden[lo:lo+n_at_once] = grad@weight
             if want[1]: grad_weight += (grad.T@h).float()
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        ctx.divisor = divisor
         return loss/divisor
 
     @staticmethod
     def backward(ctx, grad):
-        hidden,weight = ctx.saved_tensors
+        (hidden,weight),grad = ctx.saved_tensors,grad/ctx.divisor
         return None if hidden is None else hidden*grad, None if weight is None else weight*grad, None, None, None
 
 def supervised_loss(

@@ -300,6 +300,7 @@ class StateAside:
     ):
         self.least,self.hosts = least,{}                                      # hosts: (parameter, name) -> where it waits
         optimizer.register_step_pre_hook(self._fetch); optimizer.register_step_post_hook(self._put)
+        optimizer.register_load_state_dict_post_hook(self._put)               # which brings all of it to the parameters
 
     def _each(self, optimizer): return [(p, state, name, t) for p,state in optimizer.state.items() for name,t in state.items() if torch.is_tensor(t) and t.numel()>=self.least]
 
@@ -311,4 +312,4 @@ class StateAside:
         for p,state,name,t in moved:
             if (p,name) not in self.hosts: self.hosts[p,name] = torch.empty_like(t, device='cpu', pin_memory=t.is_cuda)
             self.hosts[p,name].copy_(t, non_blocking=True); state[name] = self.hosts[p,name]
-        if any(t.is_cuda for *_,t in moved): torch.cuda.current_stream().synchronize()    # who writes a checkpoint reads them
+        for device in {t.device for *_,t in moved if t.is_cuda}: torch.cuda.current_stream(device).synchronize()    # who writes a checkpoint reads them

@@ -156,7 +156,7 @@ class VisionTrainingArguments(TrainingArguments):
     half_products:bool|None = None                       # on a CPU, wide products take bfloat16 factors and sum in float32; None: where the processor has units for it
     gradient_checkpointing:bool = True
     gradient_checkpointing_kwargs:dict|str|None = None   # never reentrant
-    activation_gib:float|None = None                     # with gradient_checkpointing, memory for what blocks keep; those that find no room are run again. None: what is free, 0: all are, and their inputs and the optimizer's state wait in the processor's memory
+    activation_gib:float|None = None                     # with gradient_checkpointing, memory for what blocks keep; those that find no room are run again. None: what is free, 0: all are, and their inputs and an adapter's AdamW state wait in the processor's memory
     compile_blocks:bool|None = None                      # each kind of block runs as a compiled graph. None: on a GPU, in a run long enough to pay for a minute of compiling
     remove_unused_columns:bool = False                   # pictures are columns that no forward() names
     dataloader_num_workers:int = _on_gpu(4, 0)           # opening pictures costs tens of ms each: not in the training process

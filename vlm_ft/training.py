@@ -147,7 +147,7 @@ class VisionTrainer(Trainer):
         self.passes = self._passes(args.tokens_per_pass) if getattr(args, 'tokens_per_pass', None) else None
         self.can_repeat = hasattr(model, 'peft_config')                   # a pass: an adapter's gradients are small enough for a copy
         self.recompute = Recompute(model, getattr(args, 'activation_gib', None)) if args.gradient_checkpointing else None
-        self.aside = bool(self.recompute and self.recompute.gib==0 and args.world_size==1 and model.device.type=='cuda')  # what a pass does not need waits in the processor's memory
+        self.aside = bool(self.recompute and self.recompute.gib==0 and args.world_size==1 and model.device.type=='cuda')  # inputs of blocks and an adapter's state in the optimizer wait in the processor's memory
         self.again = RunAgain(model, aside=self.aside) if self.recompute and args.world_size==1 else nullcontext()
         self.adapters = AdaptersAtHand(model, dict(bf16=torch.bfloat16, fp16=torch.float16).get(self.accelerator.mixed_precision))
         self.compiling = Compiling(getattr(args, 'compile_blocks', None), model.device)
@@ -171,10 +171,11 @@ def _lengths(self:VisionTrainer, data)->list:
     "Tokens of each row, from its pictures' sizes."
     collator,family = self.data_collator,family_for(self.model)
     def length(row):
-        try: return count_tokens(row_of(collator)(row), self.processing_class, family, getattr(collator, 'resize', None))['total']
+        try: counts = count_tokens(row_of(collator)(row), self.processing_class, family, getattr(collator, 'resize', None))
         except DataError:
             if getattr(collator, 'on_bad_picture', 'error')=='error': raise
             return 0                                                          # it is left out
+        return counts['total']+counts['cross']                                # Llama's pictures are tokens that others look at
     return list(map(length, data))
 
 @patch
@@ -211,9 +212,9 @@ def _trained(self:VisionTrainer)->list: "The parameters that the optimizer has."
 
 @patch
 def create_optimizer(self:VisionTrainer, model=None):
-    "Transformers' optimizer; torch's own waits where the blocks' inputs wait."
+    "Transformers' optimizer; torch's own, of an adapter, waits where the blocks' inputs wait."
     new,made = self.optimizer is None,Trainer.create_optimizer(self, model)
-    if new and self.aside and type(made).__module__.startswith('torch.'): StateAside(made)
+    if new and self.aside and self.can_repeat and type(made).__module__.startswith('torch.'): StateAside(made)   # whole weights' state is too large to be pinned
     return made
 
 @patch
@@ -253,12 +254,12 @@ def memory_advice(
     image = (ids==family.config.image_token_id).sum().item()
     rows,tokens,longest = len(lengths),int(lengths.sum()),int(lengths.max())
     tries = []
-    if getattr(args, 'tokens_per_pass', None): tries += [f"tokens_per_pass={max(longest, tokens//2)}, with twice the gradient_accumulation_steps: the same step in smaller parts"]*(tokens>longest)
+    if getattr(args, 'tokens_per_pass', None): tries += [f"tokens_per_pass={max(longest, args.tokens_per_pass//2)}, with twice the gradient_accumulation_steps: the same step in smaller parts"]*(tokens>longest)
     elif rows>1: tries.append(f"per_device_train_batch_size={rows//2} with gradient_accumulation_steps={args.gradient_accumulation_steps*-(-rows//(rows//2))}: the same step in smaller parts")
-    if args.gradient_checkpointing and getattr(args, 'activation_gib', None)!=0: tries.append("activation_gib=0: every block is run again; its input and the optimizer's state wait in the processor's memory")
+    if args.gradient_checkpointing and getattr(args, 'activation_gib', None)!=0: tries.append("activation_gib=0: every block is run again; its input and an adapter's AdamW state wait in the processor's memory")
     if not args.gradient_checkpointing: tries.append("gradient_checkpointing=True: a third slower, a fraction of the memory")
     tries += ["a smaller max_pixels in from_pretrained: fewer tokens a picture", "load_in_4bit=True: a quarter of the weights' memory"]
-    return (f"A step does not fit into the GPU's memory.\nFound: {rows} row{'s'*(rows>1)} of together {tokens:,} tokens, {image:,} of them picture; the longest has {longest:,}"
+    return (f"A step does not fit: the GPU is out of memory.\nFound: {rows} row{'s'*(rows>1)} of together {tokens:,} tokens, {image:,} of them picture; the longest has {longest:,}"
             f"{'; checkpointing is on' if args.gradient_checkpointing else '; checkpointing is off'}.\nTry, in this order:\n" + "\n".join(f"  - {t}" for t in tries))
 
 @patch

@@ -24,7 +24,7 @@ def _sacrebleu(metric, truths, predictions)->Counts:
 def bleu(truths, predictions)->Counts:  # (n_rows, 10) lengths of prediction and reference; right and all sequences of 1 to 4 words
     "BLEU over the corpus, from 0 to 1."
     from sacrebleu.metrics import BLEU
-    return _sacrebleu(BLEU(), truths, predictions)
+    return _sacrebleu(BLEU(effective_order=True), truths, predictions)   # a row of two words has no sequence of four to be right
 
 def chrf(truths, predictions)->Counts:  # (n_rows, 18) sequences of 1 to 6 characters: predicted, in the reference, in both
     "chrF over the corpus, from 0 to 1."

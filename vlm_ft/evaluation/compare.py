@@ -20,7 +20,7 @@ from ..messages import DataError
 from ..readers import load_rows
 from ..rows import JsonLines,Rows,json_file
 from .certainty import Difference,difference,interval,mean_rate,rate,ratio,yes_or_no
-from .metrics import LOWER_IS_BETTER,MEASURES,METRICS,accepted_answers,buckets,groups_of,known_metrics,metric_for,picture_of
+from .metrics import LOWER_IS_BETTER,MEASURES,accepted_answers,buckets,counts_of,groups_of,known_metrics,metric_for,picture_of
 from .text import Normalise,clean,closest,edit_ops,refuse_rows
 from .page import cell_html,page_html,uneven
 from .report import draw_report,write_whole
@@ -124,13 +124,14 @@ def judged(a, b, metric, groups=None)->Difference:
 def confusions(
     truths:list,      # for each row its accepted texts
     predictions:list,
+    form=clean,       # what is made alike before
 )->tuple:             # ((character of the truth, what was written), '' for nothing -> how often; number of rows that were read)
     "Characters taken for others, left out or added, in rows that are at least half right."
     found,read = Counter(),0
     for answers,prediction in zip(truths, predictions):
-        truth = closest(answers, prediction)
-        ops = edit_ops(truth, prediction)
-        if sum(len(a) for kind,a,_ in ops if kind=='equal') < max(len(truth), len(prediction), 1)/2: continue
+        ops = edit_ops(closest(answers, prediction, form), prediction, form)
+        long = max(sum(map(len, side)) for side in list(zip(*ops))[1:] or [()])
+        if sum(len(a) for kind,a,_ in ops if kind=='equal') < max(long, 1)/2: continue
         read += 1
         for kind,a,b in ops:
             if kind!='equal': found.update(zip(a or ['']*len(b), b or ['']*len(a)))
@@ -153,7 +154,8 @@ class Comparison:
         self.predictions,self.cut = one_each(predictions, len(self.rows)),{name:getattr(texts, 'cut', []) for name,texts in predictions.items()}
         self.names = list(self.predictions)
         self.title = title or f"{', '.join(self.names[:-1])}{' and '*(len(self.names)>1)}{self.names[-1]} on {len(self.rows):,} rows"
-        self.lines = [dict(task=task, **self.scored(metric, self.of(task))) for task in dict.fromkeys(self.tasks) for metric in self.measures(task)]
+        self.lines = [dict(task=task, **self.scored(metric, rows, {name:self.counts(metric, texts, rows) for name,texts in self.predictions.items()}))
+                      for task in dict.fromkeys(self.tasks) for rows in [self.of(task)] for metric in self.measures(task)]
         self.judge_rows()
 
     def measures(self, task:str)->tuple: "The metrics of a task's rows, the main one first."; return self.metrics or metric_for(task)
@@ -164,12 +166,11 @@ class Comparison:
 
     def counts(self, metric:str, texts:list, rows:list)->np.ndarray:
         "A metric's counts for some rows of a model's answers."
-        return METRICS[metric]([[self.form(a) for a in self.answers[i]] for i in rows], [self.form(texts[i]) for i in rows])
+        return counts_of(metric, [self.answers[i] for i in rows], [texts[i] for i in rows], self.form)
 
-    def scored(self, metric:str, rows:list)->dict:
-        "Rate, interval and differences by one metric over some rows."
+    def scored(self, metric:str, rows:list, counts:dict)->dict:
+        "Rate, interval and differences by one metric over some rows, from the models' counts of them."
         groups,first = self.groups[rows].tolist(),self.names[0]
-        counts = {name:self.counts(metric, texts, rows) for name,texts in self.predictions.items()}
         changes = {name: judged(counts[first], counts[name], metric, groups) for name in self.names[1:]}
         return dict(metric=metric, rows=len(rows), groups=len(set(groups)), counts=counts, scores={name:(rate(c), *interval(c, groups=groups)) for name,c in counts.items()}, macro={name:mean_rate(c) for name,c in counts.items()},
                     changes=changes, verdicts={name:verdict(d) for name,d in changes.items()})
@@ -276,19 +277,23 @@ def _measured(measure, row):
 @patch
 def parts(self:Comparison)->list:
     "(task, what, [(label, scores)]): the first metric of each task with 8 rows or more, by length of the answer and size of the picture."
-    out = []
+    out,main = [],{l['task']:l for l in reversed(self.lines)}
+    def of(task, rows):
+        "Counts of some rows; those of CIDEr hang on all rows of the task."
+        at = {i:k for k,i in enumerate(self.of(task))}
+        return {name:c[[at[i] for i in rows]] for name,c in main[task]['counts'].items()}
     for task,(what,(measure,_)) in itertools.product(dict.fromkeys(self.tasks), MEASURES.items()):
         values = {i:v for i in self.of(task) if (v := _measured(measure, self.rows[i])) is not None}     # a picture that cannot be read has no size
         labels = buckets([self.rows[i] for i in values], what) if len(values)>=8 else []
         found = {label:[i for i,l in zip(values, labels) if l==label] for label in sorted(set(labels), key=lambda l: min(v for v,k in zip(values.values(), labels) if k==l))}
-        if len(found)>1: out.append((task, what, [(label, self.scored(self.measures(task)[0], rows)) for label,rows in found.items()]))
+        if len(found)>1: out.append((task, what, [(label, self.scored(main[task]['metric'], rows, of(task, rows))) for label,rows in found.items()]))
     return out
 
 @patch
 def confused(self:Comparison)->dict:
     "name -> `confusions` of characters, in the rows of tasks that are measured by CER; empty without such rows."
     mine = [i for i,t in enumerate(self.tasks) if self.measures(t)[0]=='cer']
-    return {name:confusions([self.answers[i] for i in mine], [texts[i] for i in mine]) for name,texts in self.predictions.items()} if mine else {}
+    return {name:confusions([self.answers[i] for i in mine], [texts[i] for i in mine], self.form) for name,texts in self.predictions.items()} if mine else {}
 
 @patch
 def picture(self:Comparison,
@@ -298,7 +303,7 @@ def picture(self:Comparison,
     "Scores and some rows as one picture."
     numbers = list(range(min(rows, len(self.rows)))) if isinstance(rows, int) else list(rows)
     shown = [dict(pictures=pictures_of(self.rows[i]['messages']), answers=self.answers[i], texts=[t[i] for t in self.predictions.values()], notes=[self.errors[n][i][-1] for n in self.names]) for i in numbers]
-    return draw_report(shown, self.names, table(self.summary()).splitlines(), title or self.title)
+    return draw_report(shown, self.names, table(self.summary()).splitlines(), title or self.title, self.form)
 
 def _grid(lines:list)->list:
     "Dicts of the same keys as lines of a Markdown table."

@@ -14,6 +14,7 @@ from ..data import pictures_of
 from ..messages import DataError
 from .metrics import LOWER_IS_BETTER
 from .report import data_uri,marks,thumbnail,visible
+from .text import clean
 
 # %% ../../nbs/evaluation/page.ipynb #50fdccdf
 LIGHT = dict(bg='#ffffff', fg='#1c1e21', soft='#565c65', line='#d5d9df', card='#f6f7f9', ins='#8a2300', insbg='#ffe3d8', **{'del':'#0b4a8c'}, delbg='#dbebff',
@@ -204,10 +205,11 @@ def confusions_html(c, most:int=16)->str:
 def marked_html(
     answers:list,    # accepted texts
     prediction:str,
+    form=clean,      # in which both are compared and shown
 )->str:
     "A prediction with its differences marked."
     def piece(kind, text): return f"<{kind}>{escape(text).replace(chr(10), '⏎'+chr(10))}</{kind}>" if kind else escape(text)
-    return ''.join(piece(kind, text) for kind,text in marks(answers, prediction)) or '<i>nothing</i>'
+    return ''.join(piece(kind, text) for kind,text in marks(answers, prediction, form)) or '<i>nothing</i>'
 
 def did(c, name:str, i:int)->str:
     "How a prediction did, in two words."
@@ -266,7 +268,7 @@ def row_html(
     word = dict(improved='<span class="tag good">▲ improved</span>', harmed='<span class="tag bad">▼ harmed</span>', same='<span class="tag soft">= same</span>')
     tags = ' '.join((f'<span class="soft">{escape(n)}</span> ' if len(changes)>1 else '')+word[k] for n,k in changes.items())
     truth = text('truth', '<span class="soft"> or </span>'.join(escape(visible(a)) for a in c.answers[i]))
-    said = ''.join(text(f'{shape(k)}{escape(n)}', marked_html(c.answers[i], c.predictions[n][i]), did(c, n, i)) for k,n in enumerate(c.names))
+    said = ''.join(text(f'{shape(k)}{escape(n)}', marked_html(c.answers[i], c.predictions[n][i], c.form), did(c, n, i)) for k,n in enumerate(c.names))
     figure = f'<figure>{"".join(t for t,_ in images)}</figure>' if images else ''
     return (f'<article id="row-{i}" tabindex="-1" class="{"strip" if strip else "beside"}" data-task="{escape(c.tasks[i])}" data-became="{" ".join(sorted(set(changes.values())))}" data-rank="{" ".join(map(str, ranks))}">'
             f'<header><h3><span class="soft">row {i} · {escape(c.tasks[i])}</span> {escape(visible(question))}</h3><span>{tags}</span></header>{figure}<div class="texts">{truth}{said}</div></article>')
@@ -330,7 +332,7 @@ def document(
     policy = f"; script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" if script else ''
     return PAGE.format(title=escape(title), body=body, style=STYLE, script=f'<script>{script}</script>' if script else '', policy=policy, light=LIGHT['bg'], dark=DARK['bg'])
 
-MARKED = '<p class="soft">Marked against the nearest accepted answer: <ins>underlined</ins> is not in it, <del>struck through</del> is missing here.</p>'
+MARKED = '<p class="soft">Marked against the nearest accepted answer, both as they are compared: <ins>underlined</ins> is not in it, <del>struck through</del> is missing here.</p>'
 
 def page_html(
     c,                 # a Comparison

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'Precision', 'precision_named', 'peak_gib', 'disk_gib', 'answer_logprobs', 'divergence', 'measure',
-           'measure_apart', 'Precisions', 'compare_precisions', 'plot_precisions']
+           'NotMeasured', 'measure_apart', 'Precisions', 'compare_precisions', 'plot_precisions']
 
 # %% ../../nbs/evaluation/precision.ipynb #db274e39
 import json, pickle, subprocess, sys, tempfile, time
@@ -116,6 +116,8 @@ def _measure_job(folder):
     torch.set_num_threads(job.pop('threads'))
     (folder/'figures.json').write_text(json.dumps(measure(**job)))
 
+class NotMeasured(RuntimeError): "A checkpoint does not run in some precision here."
+
 def measure_apart(
     **job, # arguments of `measure`
 )->dict:
@@ -124,14 +126,18 @@ def measure_apart(
     with tempfile.TemporaryDirectory() as d:
         (Path(d)/'job.pkl').write_bytes(pickle.dumps({**job, 'threads':torch.get_num_threads()}))
         done = subprocess.run([sys.executable, '-c', _CHILD, str(Path(vlm_ft.__file__).parents[1]), d], capture_output=True, text=True)
-        if done.returncode: raise RuntimeError(f"{job['folder']} could not be measured in precision {job['precision']}.\nFound: " + '\n'.join((done.stderr.strip() or f'exit status {done.returncode}').splitlines()[-4:])
+        if done.returncode: raise NotMeasured(f"{job['folder']} could not be measured in precision {job['precision']}.\nFound: " + '\n'.join((done.stderr.strip() or f'exit status {done.returncode}').splitlines()[-4:])
                                                + "\nTry: fewer rows in a batch, or leave this precision out.")
         return json.loads((Path(d)/'figures.json').read_text())
 
 # %% ../../nbs/evaluation/precision.ipynb #652ac32b
 class Precisions(list):
     "One dict a checkpoint and precision; prints as a table, and says which to ship."
-    def __repr__(self): return table([{k: f"{v[0]:.3f} – {v[1]:.3f}" if isinstance(v, (tuple,list)) else v for k,v in r.items() if k!='bits'} for r in self])
+    def __init__(self, lines=()): super().__init__(lines); self.failed = []    # (checkpoint, precision, why) of what could not be measured
+
+    def __repr__(self): return '\n'.join([self._table(), *(f"{model} in {precision} was not measured: {why}" for model,precision,why in self.failed)])
+
+    def _table(self)->str: return table([{k: f"{v[0]:.3f} – {v[1]:.3f}" if isinstance(v, (tuple,list)) else v for k,v in r.items() if k!='bits'} for r in self])
 
     def metric(self)->str: "The first metric of the first task."; return next(k for k in self[0] if f'{k}_95' in self[0])
 
@@ -141,12 +147,14 @@ class Precisions(list):
     )->str:
         "A sentence: which precision to ship under a memory limit."
         mine = [r for r in self if r['model']==(model or self[-1]['model'])]
+        if not mine: return f"{model} was measured in no precision."
         fit,metric = [r for r in mine if memory_gib is None or r['memory_gib']<=memory_gib],self.metric()
         where = "Without a memory limit" if memory_gib is None else f"Within {memory_gib:g} GiB"
         if not fit: least = min(mine, key=lambda r: r['memory_gib']); return f"{where} nothing runs: the smallest, {least['precision']}, held {least['memory_gib']:.2f} GiB at its peak."
         good,first = [r for r in fit if r['against_first']!='worse'],mine[0]
         best = max(good, key=lambda r: r['rows_per_s']) if good else sorted(fit, key=lambda r: r[metric], reverse=metric.split('_')[-1] not in LOWER_IS_BETTER)[0]
-        beside = "" if best is first else f", where {first['precision']} has {first[metric]:.3f} ({'worse beyond noise' if best['against_first']=='worse' else 'better beyond noise' if best['against_first']=='better' else 'within noise'})"
+        far = '' if best.get('at_worst') is None else f": at most {best['at_worst']:.3f} worse, by these rows"
+        beside = "" if best is first else f", where {first['precision']} has {first[metric]:.3f} ({'worse beyond noise' if best['against_first']=='worse' else 'better beyond noise' if best['against_first']=='better' else 'within noise'+far})"
         why = "the fastest of those that read no worse" if len(good)>1 else "the only one that reads no worse" if good else "all that fit read worse, and this one least"
         return f"{where} ship {best['model']} in {best['precision']}: {metric} {best[metric]:.3f}{beside}, {best['memory_gib']:.2f} GiB at the peak, {best['rows_per_s']:.1f} rows/s; {why}."
 
@@ -159,10 +167,12 @@ def _metrics(rows, answers)->dict:
         out |= {name:s['value'], f'{name}_95':(s['low'],s['high']) if s['low'] is not None else None}
     return out
 
-def _against(rows, first, answers)->str:
+def _against(rows, first, answers)->tuple:  # (word; how much worse they may be: the far end of the interval, None without one)
     "How answers compare with the first precision's, on the first metric of each task; one task that is worse makes all worse."
-    said = [('noise' if d['better'] is None else d['better']) for d in differences(rows, first, answers, ('worse','better')) if d['metric']==metric_for(d['task'])[0]]
-    return 'worse' if 'worse' in said else 'better' if 'better' in said else 'noise'
+    found = [d for d in differences(rows, first, answers, ('worse','better')) if d['metric']==metric_for(d['task'])[0]]
+    said = [('noise' if d['better'] is None else d['better']) for d in found]
+    far = [d['high'] if d['metric'] in LOWER_IS_BETTER else -d['low'] for d in found if d['low'] is not None]
+    return 'worse' if 'worse' in said else 'better' if 'better' in said else 'noise', max(0., *far) if far else None
 
 def compare_precisions(
     folder,             # a checkpoint, merged or not, or an adapter; or a dict of several, by name
@@ -183,10 +193,16 @@ def compare_precisions(
         for n,(name,f) in enumerate(folders.items()):
             first = None
             for p in ways:
-                got = measure_apart(folder=str(f), rows=rows, precision=p.name, batch_size=batch_size, max_new_tokens=max_new_tokens, device=device, max_pixels=max_pixels, logprobs=f'{d}/{n}.pt')
+                try: got = measure_apart(folder=str(f), rows=rows, precision=p.name, batch_size=batch_size, max_new_tokens=max_new_tokens, device=device, max_pixels=max_pixels, logprobs=f'{d}/{n}.pt')
+                except NotMeasured as e:                                       # 16 bit may not fit where 4 do
+                    out.failed.append((name, p.name, next(l for l in str(e).splitlines()[::-1] if not l.startswith('Try:')))); error = e
+                    if say: say(f"{name}, {p.name}: not measured. {out.failed[-1][-1]}")
+                    continue
                 answers = got.pop('answers'); first = first or answers
-                out.append(dict(model=name, precision=p.name, bits=p.bits, **_metrics(rows, answers), against_first=_against(rows, first, answers), same=sum(a==b for a,b in zip(answers, first))/len(rows), **got))
+                word,far = _against(rows, first, answers)
+                out.append(dict(model=name, precision=p.name, bits=p.bits, **_metrics(rows, answers), against_first=word, at_worst=far, same=sum(a==b for a,b in zip(answers, first))/len(rows), **got))
                 if say: say(f"{name}, {p.name}: {', '.join(f'{k} {v:.4g}' for k,v in out[-1].items() if isinstance(v, float))}")
+    if not out: raise error
     return out
 
 # %% ../../nbs/evaluation/precision.ipynb #e1620f56

@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from PIL import Image
 from ..messages import DataError,open_image
-from .text import closest,edit_ops
+from .text import clean,closest,edit_ops
 
 # %% ../../nbs/evaluation/report.ipynb #b2295c2e
 CONTROLS = {c:0x2400+c for c in range(32) if chr(c) not in '\n\t'} | {127:0x2421}   # the Unicode pictures of control characters
@@ -26,9 +26,10 @@ def visible(
 def marks(
     answers:list,    # accepted texts
     prediction:str,
+    form=clean,      # in which both are compared and shown
 )->list:             # (kind, text) in reading order; kind: '' as in the truth, 'ins' not in it, 'del' missing
     "Where a prediction differs from the nearest accepted answer."
-    truth,prediction = visible(closest(answers, prediction)),visible(prediction)
+    truth,prediction = visible(form(closest(answers, prediction, form))),visible(form(prediction))
     ops = edit_ops(truth, prediction)
     alike = sum(len(a) for kind,a,_ in ops if kind=='equal')/max(len(truth), len(prediction), 1)
     if alike < .5: return [('ins',prediction)] if prediction.strip() else []
@@ -119,6 +120,7 @@ def draw_report(
     names:list,  # the columns
     head:list,   # lines of the table above
     title:str,
+    form=clean,  # in which answers are compared and shown
 )->Image.Image:
     "Picture, truth and predictions side by side."
     from matplotlib.figure import Figure
@@ -127,7 +129,7 @@ def draw_report(
         "(note, lines) of the truth and of each prediction."
         fit = lambda pieces: broken(pieces, int(wide/CHAR))
         return [('', fit([('', ' or '.join(map(visible, r['answers'])))])),
-                *(('✓ exact' if note==0 else f'CER {note:.2f}', fit(marks(r['answers'], t) or [('soft','nothing')])) for t,note in zip(r['texts'], r['notes']))]
+                *(('✓ exact' if note==0 else f'CER {note:.2f}', fit(marks(r['answers'], t, form) or [('soft','nothing')])) for t,note in zip(r['texts'], r['notes']))]
     def picture(r):
         "The first picture, or none where it cannot be read."
         try: return [thumbnail(p) for p in r['pictures'][:1]]

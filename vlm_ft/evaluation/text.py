@@ -128,15 +128,17 @@ def accuracy(truths, predictions)->float:
 def edit_ops(
     truth:str,
     prediction:str,
-)->list:  # (kind, piece of the truth, piece of the prediction); kind: 'equal', 'substitute', 'delete' or 'insert'
-    "The fewest edits that make `prediction` out of `truth`, both `clean`, as pieces in order."
-    truth,prediction = clean(truth),clean(prediction)
+    form=clean, # what is made alike before
+)->list:        # (kind, piece of the truth, piece of the prediction); kind: 'equal', 'substitute', 'delete' or 'insert'
+    "The fewest edits that make `prediction` out of `truth`, both in one form, as pieces in order."
+    truth,prediction = form(truth),form(prediction)
     chunks = jiwer.process_characters(truth, prediction).alignments[0]
     return [(c.type, truth[c.ref_start_idx:c.ref_end_idx], prediction[c.hyp_start_idx:c.hyp_end_idx]) for c in chunks]
 
 def closest(
     answers:list,    # accepted texts
     prediction:str,
+    form=clean,      # what is made alike before
 )->str:
     "The accepted text that the metrics compare with."
-    return min(answers, key=lambda answer: _near(edits(answer, prediction)[0]))
+    return min(answers, key=lambda answer: _near(edits(answer, prediction, form=form)[0]))
