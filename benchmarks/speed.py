@@ -98,6 +98,10 @@ def work(a):
         if gpu: return dict(peak_gib=torch.cuda.max_memory_reserved()/2**30, allocated_gib=torch.cuda.max_memory_allocated()/2**30, emptied=torch.cuda.memory_stats().get('num_alloc_retries'))   # emptied: how often memory was given back to find room
         from vlm_ft.evaluation.precision import peak_gib
         return dict(peak_gib=peak_gib())
+    def compiled():
+        if not trainer.compiling.on: return {}
+        from torch._dynamo.utils import counters
+        return dict(compile_s=trainer.compiling.seconds, graphs=counters['stats']['unique_graphs'])
     class Turns(TrainerCallback):
         until,seen,steps = math.inf,0,[]                                      # until: the step that ends a window; steps: seconds of each before the first one
         def on_train_begin(self, *args, **kwargs): self.begun = self.last = now(); self.loaded = self.begun-start
@@ -111,7 +115,7 @@ def work(a):
                 if self.seen==self.until-many['steps']: self.at = now()
                 return
             else: figures = dict(rows_per_second=many['rows']*many['accumulate']*many['steps']/(now()-self.at))
-            say.write(json.dumps({**figures, **peak(), **({'kept':trainer.kept} if a.worker=='ours' else {})})+'\n'); say.flush()   # kept: blocks that are not run again
+            say.write(json.dumps({**figures, **peak(), **({'kept':trainer.kept} | compiled() if a.worker=='ours' else {})})+'\n'); say.flush()   # kept: blocks that are not run again
             if sys.stdin.readline().strip()!='go': control.should_training_stop = True; return
             self.until = self.seen+1+many['steps']
     trainer = load(a)                                                         # sets how the GPU's memory is taken; a limit before it would have begun to take some
@@ -163,7 +167,7 @@ def table_of(line:dict)->list[dict]:
         tflops = middle*work['tflop'] if work else None
         out.append({'trainer':who, 'rows a pass':line['case']['rows'], 'rows/s, least':min(f['windows']), 'median':middle, 'most':max(f['windows']), 'supervised tokens/s':middle*work['supervised'] if work else None,
                     'TFLOP/s':tflops, 'of the peak':f"{100*tflops/chip['tflops']:.1f} %" if chip and work else None, **({'allocated GiB':f['allocated_gib'], 'reserved GiB':f['peak_gib']} if 'allocated_gib' in f else {'peak GiB':f['peak_gib']}),
-                    'first steps':f.get('warm_steps'), 'they took, s':f['warm']})
+                    'first steps':f.get('warm_steps'), 'they took, s':f['warm'], 'compiling, s':f.get('compile_s'), 'graphs':f.get('graphs')})
     return out
 
 def best(lines:list)->list[str]:

@@ -758,6 +758,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'vlm_ft/evaluation/metrics.py'),
                                            'vlm_ft.evaluation.metrics.metric_for': ( 'evaluation/metrics.html#metric_for',
                                                                                      'vlm_ft/evaluation/metrics.py'),
+                                           'vlm_ft.evaluation.metrics.name_of': ( 'evaluation/metrics.html#name_of',
+                                                                                  'vlm_ft/evaluation/metrics.py'),
                                            'vlm_ft.evaluation.metrics.parts_of': ( 'evaluation/metrics.html#parts_of',
                                                                                    'vlm_ft/evaluation/metrics.py'),
                                            'vlm_ft.evaluation.metrics.picture_of': ( 'evaluation/metrics.html#picture_of',

@@ -99,8 +99,10 @@ class EvalByGeneration:
 
     def names(self, rows)->list:
         "The metrics of these rows, in order."
-        from vlm_ft.evaluation.metrics import known_metrics, metric_for
-        return list(known_metrics(self.metrics) or dict.fromkeys(m for row in self._first(rows) for m in metric_for(row.get('task'))))
+        from vlm_ft.evaluation.metrics import known_metrics, metric_for, name_of
+        known_metrics(self.metrics)
+        tasks = dict.fromkeys(row.get('task') or 'text' for row in self._first(rows))
+        return [name_of(task, m, len(tasks)>1) for task in tasks for m in self.metrics or metric_for(task)]
 
     def _first(self, rows): return [to_messages(r) for r in itertools.islice(rows, self.limit)]
 
@@ -119,17 +121,12 @@ class EvalByGeneration:
 
     def __call__(self, model, processor, rows, batch_size=8, resize=None)->dict:
         "Metrics by name, and the ends of their intervals; the answers are kept in `predictions`."
-        from vlm_ft.evaluation.certainty import interval, rate
         from vlm_ft.evaluation.generation import predict
-        from vlm_ft.evaluation.metrics import METRICS, accepted_answers, groups_of, metric_for
+        from vlm_ft.evaluation.metrics import score
         rows = self._first(rows)
         n = self.room(rows, processor)
         self.predictions = predict(model, processor, rows, batch_size=self.batch_size or batch_size, max_new_tokens=n, progress=False, resize=resize)
         if cut := len(self.predictions.cut): print(f"  {cut} of {len(rows)} answers did not end within {n} tokens and are cut there.", flush=True)
-        groups,out = groups_of(rows),{}
-        for name in self.names(rows):
-            mine = [i for i,r in enumerate(rows) if self.metrics or name in metric_for(r.get('task'))]     # rows whose task it belongs to
-            counts = METRICS[name]([accepted_answers(rows[i]) for i in mine], [self.predictions[i] for i in mine])
-            low,high = interval(counts, groups=[groups[i] for i in mine])
-            out |= {name:rate(counts)} | ({} if low is None else {f'{name}_low':low, f'{name}_high':high})
+        out = {}
+        for (name,value),s in zip((found := score(rows, self.predictions, metrics=self.metrics)).as_dict().items(), found): out |= {name:value} | ({} if s['low'] is None else {f'{name}_low':s['low'], f'{name}_high':s['high']})
         return out

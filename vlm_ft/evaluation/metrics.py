@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'LOWER_IS_BETTER', 'TASK_METRICS', 'MEASURES', 'metric_for', 'known_metrics', 'form_for', 'counts_of',
-           'accepted_answers', 'picture_of', 'shared_by', 'groups_of', 'buckets', 'Scores', 'checked_pairs', 'parts_of',
-           'score', 'Differences', 'differences']
+           'accepted_answers', 'picture_of', 'shared_by', 'groups_of', 'buckets', 'name_of', 'Scores', 'checked_pairs',
+           'parts_of', 'score', 'Differences', 'differences']
 
 # %% ../../nbs/evaluation/metrics.ipynb #e5051de6
 import json
@@ -124,12 +124,16 @@ def buckets(
     return [(f"{lo:,.6g} – {hi:,.6g}" if lo<hi else f"{lo:,.6g}")+f" {unit}".rstrip() for lo,hi in (span[k] for k in part.tolist())]
 
 # %% ../../nbs/evaluation/metrics.ipynb #47003329
+def name_of(task:str, metric:str, several:bool)->str:
+    "What a score is called; with several tasks, after its task too."
+    return f'{task}_{metric}' if several else metric
+
 class Scores(list):
     "One dict for each task (and bucket) and metric: task, metric, value (micro), macro, low, high (the 95 % interval, or None), rows, groups."
     def as_dict(self)->dict:
         "metric -> value; with several tasks, task_metric -> value; with buckets, the bucket in brackets."
         several = len({s['task'] for s in self})>1
-        return {(f"{s['task']}_" if several else '')+s['metric']+(f" [{s['bucket']}]" if 'bucket' in s else ''): s['value'] for s in self}
+        return {name_of(s['task'], s['metric'], several)+(f" [{s['bucket']}]" if 'bucket' in s else ''): s['value'] for s in self}
 
     def __repr__(self):
         between = lambda s: '-' if s['low'] is None else f"{s['low']:.3f} – {s['high']:.3f}"

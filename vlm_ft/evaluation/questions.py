@@ -13,11 +13,11 @@ from .text import edits, fold, paired, refuse_rows
 # %% ../../nbs/evaluation/questions.ipynb #61f0875b
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 NUMBERS = {w:str(i) for i,w in enumerate('zero one two three four five six seven eight nine ten'.split())} | {'none':'0'}
-CONTRACTED = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd how'll how's I'd've I'm I've isn't it'd it'd've
+CONTRACTED = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've
 it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd somebody'd've somebody'll somebody's
 someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've
 weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll you'd you'd've
-you'll you're you've""".lower().split()
+you'll you're you've""".split()   # the published I'd've, I'm and I've meet no text, which is in lower case by then
 
 def _bare(word:str)->list:
     "A contraction with one or all of its apostrophes missing."
