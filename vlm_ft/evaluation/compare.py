@@ -207,7 +207,7 @@ def notes(self:Comparison)->list[str]:
     same = len(set(zip(self.groups, pictures)))==len(set(pictures))==k                # the groups are those of the pictures
     over = 'rows' if k==n else 'groups of rows of one picture' if same else 'groups of rows'
     return [f"In brackets: 95 % interval over {k:,} {over}" + (f" ({n:,} rows)" if k<n else '') + ". ↓ lower is better, ↑ higher is better." + (" The mean of rows weighs a short row as much as a long one." if any(map(uneven, self.lines)) else ''),
-            f"Texts are compared by {self.form}." if isinstance(self.form, Normalise) else f"Texts are compared as {getattr(self.form, '__name__', self.form)} makes them.",
+            f"Texts are compared by {self.form}"+("." if self.form==clean else "; of JSON the values, and formulas and numbers as they are.") if isinstance(self.form, Normalise) else f"Texts are compared as {getattr(self.form, '__name__', self.form)} makes them.",
             *self._few(),
             *([f"Of {m} verdicts one in twenty would say better or worse by chance, were there no difference."] if (m := sum(len(l['changes']) for l in self.lines))>4 else []),
             *(f"{name} wrote nothing in {e:,} of {n:,} rows; they count as wrong." for name,e in empty.items() if e),
