@@ -278,15 +278,12 @@ def _measured(measure, row):
 def parts(self:Comparison)->list:
     "(task, what, [(label, scores)]): the first metric of each task with 8 rows or more, by length of the answer and size of the picture."
     out,main = [],{l['task']:l for l in reversed(self.lines)}
-    def of(task, rows):
-        "Counts of some rows; those of CIDEr hang on all rows of the task."
-        at = {i:k for k,i in enumerate(self.of(task))}
-        return {name:c[[at[i] for i in rows]] for name,c in main[task]['counts'].items()}
+    def counts(task, rows): return {name:c[np.searchsorted(self.of(task), rows)] for name,c in main[task]['counts'].items()}   # CIDEr's hang on all rows of the task
     for task,(what,(measure,_)) in itertools.product(dict.fromkeys(self.tasks), MEASURES.items()):
         values = {i:v for i in self.of(task) if (v := _measured(measure, self.rows[i])) is not None}     # a picture that cannot be read has no size
         labels = buckets([self.rows[i] for i in values], what) if len(values)>=8 else []
         found = {label:[i for i,l in zip(values, labels) if l==label] for label in sorted(set(labels), key=lambda l: min(v for v,k in zip(values.values(), labels) if k==l))}
-        if len(found)>1: out.append((task, what, [(label, self.scored(main[task]['metric'], rows, of(task, rows))) for label,rows in found.items()]))
+        if len(found)>1: out.append((task, what, [(label, self.scored(main[task]['metric'], rows, counts(task, rows))) for label,rows in found.items()]))
     return out
 
 @patch
