@@ -15,7 +15,7 @@ from speed import drawn_pages
 from ten_minutes import TASKS, read_set
 from vlm_ft.demo import BASE, tune
 from vlm_ft.evaluation.generation import room_for_answers
-from vlm_ft.evaluation.precision import PRECISIONS, compare_precisions, plot_precisions
+from vlm_ft.evaluation.precision import PRECISIONS, compare_precisions
 from vlm_ft.merging import FastVisionModel
 from vlm_ft.models.family import table
 from vlm_ft.readers import load_rows
@@ -60,8 +60,7 @@ def main():
         found = compare_precisions({'base':a.model, 'adapter':folder/'adapter', 'merged':folder/'merged'}, test, bits=a.precisions, batch_size=32, max_new_tokens=json.loads((folder/'room.json').read_text()), max_pixels=pixels,
                                    say=lambda line: print(line, flush=True))
         print(f"\n{name}, {len(test)} test rows\n{found}\n")
-        for which in ('adapter','merged'):
-            for gib in (None, *a.memory): print(found.ship(gib, which))
-        (folder/'table.json').write_text(json.dumps(found, indent=1)); plot_precisions(found).savefig(folder/'plot.png', dpi=120)
+        print(*found.advice(a.memory), sep='\n')
+        (folder/'table.json').write_text(json.dumps(found, indent=1)); found.save(folder/'plot.png')
 
 if __name__=='__main__': main()

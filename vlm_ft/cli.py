@@ -141,37 +141,36 @@ def train_options(p):
 # %% ../nbs/cli.ipynb #c054a7e3
 def evaluate(a):
     "Read held-out rows with one model or several, score the answers with intervals, and say which is better."
-    from vlm_ft.evaluation.compare import compare, named
+    from vlm_ft.evaluation.compare import compare, named, read_data
     from vlm_ft.evaluation.text import Normalise
     from vlm_ft.preflight import check_room
     if a.limit is not None and a.limit<1: raise ValueError(f"--limit must be at least 1.\nFound: {a.limit}.")
-    for path in a.report or ():
-        known = ('.png',) if a.bits else ('.html','.md','.png')
+    reports = a.report or [f'vlm_ft_evaluation/{name}' for name in (('precisions.png','precisions.md') if a.bits else ('report.html','report.md'))]
+    for path in reports:
+        known = ('.png','.md') if a.bits else ('.html','.md','.png')
         if Path(path).suffix.lower() not in known: raise ValueError(f"--report writes {', '.join(known)}{' of a comparison of precisions' if a.bits else ''}.\nFound: {path}.")
-        check_room(Path(path).parent)
+        check_room(Path(path).parent if a.report else '.')
     if a.memory and not a.bits: raise ValueError("--memory says what --bits may hold.\nFound: --memory alone.\nTry: --bits 16 8 4.")
-    if a.bits and (given := [o for o in ('dtype','load_in_4bit','load_in_8bit','min_pixels','groups','resume','metrics','ignore') if getattr(a, o)]):
-        raise ValueError(f"--bits compares precisions at their defaults.\nFound: --{', --'.join(o.replace('_', '-') for o in given)} as well.\nTry: one or the other.")
+    if a.bits and (given := [o for o in ('dtype','load_in_4bit','load_in_8bit','min_pixels','resume') if getattr(a, o)]):
+        raise ValueError(f"--bits loads each precision at its defaults, and answers every row against the clock.\nFound: --{', --'.join(o.replace('_', '-') for o in given)} as well.\nTry: one or the other.")
     if a.names and (len(a.names)!=len(a.models) or len(set(a.names))<len(a.names)): raise ValueError(
         f"--names names each model once.\nFound: {len(a.models)} models and {', '.join(a.names)}.")
     models = dict(zip(a.names, a.models)) if a.names else named(a.models)
-    if a.bits: return precisions(a, models)
-    rows = opened_rows(a, a.data)                                             # `compare` checks them
+    rows = opened_rows(a, a.data)                                             # `read_data` checks them
+    how = dict(metrics=a.metrics, form=Normalise(case='case' not in a.ignore, punctuation='punctuation' not in a.ignore, space='all' if 'space' in a.ignore else 'outer'))
     groups = range(len(rows)) if a.groups=='row' else a.groups
-    compared = compare(models, rows, groups=groups, limit=a.limit, batch_size=a.batch, max_new_tokens=a.max_new_tokens, resume=a.resume, title=f'{", ".join(models)} on {Path(a.data).name}', metrics=a.metrics,
-                       form=Normalise(case='case' not in a.ignore, punctuation='punctuation' not in a.ignore, space='all' if 'space' in a.ignore else 'outer'), **load_settings(a))
+    if a.bits: return precisions(a, models, *read_data(rows, groups, a.limit), how, reports)
+    compared = compare(models, rows, groups=groups, limit=a.limit, batch_size=a.batch, max_new_tokens=a.max_new_tokens, resume=a.resume, title=f'{", ".join(models)} on {Path(a.data).name}', **how, **load_settings(a))
     print(compared)
-    for path in a.report or (): print(compared.save(path))
+    for path in reports: print(compared.save(path))
 
-def precisions(a, models:dict):
+def precisions(a, models:dict, rows:list, groups:list, how:dict, reports:list):
     "What models read and weigh in several precisions, and which to ship."
-    from vlm_ft.evaluation.precision import compare_precisions, plot_precisions
-    found = compare_precisions(models, list(rows_of(a, a.data)[:a.limit]), bits=tuple(a.bits), batch_size=a.batch, max_new_tokens=a.max_new_tokens, device=a.device, max_pixels=a.max_pixels,
+    from vlm_ft.evaluation.precision import compare_precisions
+    found = compare_precisions(models, rows, bits=tuple(a.bits), batch_size=a.batch, max_new_tokens=a.max_new_tokens, device=a.device, max_pixels=a.max_pixels, groups=groups, **how,
                                say=lambda line: print(line, file=sys.stderr, flush=True))
-    print(found)
-    for name in models:
-        for gib in (None, *a.memory): print(found.ship(gib, name))
-    for path in a.report or (): plot_precisions(found).savefig(path, dpi=120); print(path)
+    print(found, *found.advice(a.memory), sep='\n')
+    for path in reports: print(found.save(path, a.memory))
 
 def evaluate_options(p):
     p.add_argument('models', nargs='+', help='folders or hub ids of models or adapters, http://…/v1#name of served ones, or .jsonl files of answers; the others are compared with the first')
@@ -181,7 +180,7 @@ def evaluate_options(p):
     p.add_argument('--groups', help="rows that are not independent: those of one group, where the rows have that field, else of one picture, unless this names another field, or says 'row'")
     p.add_argument('--metrics', nargs='+', help="such as cer, anls, vqa, f1; the default is those of each row's task"); p.add_argument('--ignore', nargs='+', choices=('case','punctuation','space'), default=(), help='what texts are compared without')
     p.add_argument('--resume', help="a folder that keeps each model's answers as they come; what is there is not answered again")
-    p.add_argument('--report', action='append', help='a file to write: .html shows each row, .md the table, .png both; may be given again')
+    p.add_argument('--report', action='append', help='a file to write: .html shows each row, .md the table, .png both; may be given again; the default is report.html and report.md, or with --bits precisions.png and precisions.md, in vlm_ft_evaluation')
     p.add_argument('--bits', nargs='+', help='compare precisions instead: 16, 8, 4 (which is nf4), fp4, nf4-single, and 8+vision, nf4+vision, fp4+vision with the tower'); p.add_argument('--memory', type=float, nargs='+', default=(), help='GiB: with --bits, say what to ship within these')
     model_options(p)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARROW', 'named', 'read_predictions', 'one_each', 'read_data', 'verdict', 'judged', 'confusions', 'Comparison', 'each',
-           'kept_in', 'compare']
+           'grid', 'kept_in', 'compare']
 
 # %% ../../nbs/evaluation/compare.ipynb #bb0106bc
 import gc,inspect,io,itertools,json,os,re
@@ -110,7 +110,7 @@ def verdict(
     if d['low'] is None: return 'unknown',f"{d['difference']:+.3f}, one group: no interval"
     if not d['changed']: return 'same','no difference'
     if d['better'] is None:
-        more = f", about {d['needed']:,} rows would tell" if (d['needed'] or 0)>d['rows'] else ''
+        more = '' if (d['needed'] or 0)<=d['rows'] else f", about {d['needed']:,} rows would tell" if d['needed']<=100*d['rows'] else ', over 100 times the rows would tell'
         p = f", p = {d['p']:.2f}" if d['low']*d['high']>0 else ''                    # the interval alone would say otherwise: the test does not
         return 'noise',f"within noise ({d['difference']:+.3f} [{d['low']:+.3f} – {d['high']:+.3f}]{p}{more})"
     kind,(low,high) = d['better'],sorted((abs(d['low']), abs(d['high'])))
@@ -288,8 +288,8 @@ def parts(self:Comparison)->list:
 
 @patch
 def confused(self:Comparison)->dict:
-    "name -> `confusions` of characters, in the rows of tasks that are measured by CER; empty without such rows."
-    mine = [i for i,t in enumerate(self.tasks) if self.measures(t)[0]=='cer']
+    "name -> `confusions` of characters, in the rows of tasks that are measured by CER, here or by default; empty without such rows."
+    mine = [i for i,t in enumerate(self.tasks) if 'cer' in (self.measures(t)[0], metric_for(t)[0])]
     return {name:confusions([self.answers[i] for i in mine], [texts[i] for i in mine], self.form) for name,texts in self.predictions.items()} if mine else {}
 
 @patch
@@ -302,7 +302,7 @@ def picture(self:Comparison,
     shown = [dict(pictures=pictures_of(self.rows[i]['messages']), answers=self.answers[i], texts=[t[i] for t in self.predictions.values()], notes=[self.errors[n][i][-1] for n in self.names]) for i in numbers]
     return draw_report(shown, self.names, table(self.summary()).splitlines(), title or self.title, self.form)
 
-def _grid(lines:list)->list:
+def grid(lines:list)->list:
     "Dicts of the same keys as lines of a Markdown table."
     row = lambda cells: '| ' + ' | '.join(str(c).replace('|', '\\|') for c in cells) + ' |'
     return [row(lines[0]), row('---' for _ in lines[0]), *(row(l.values()) for l in lines)]
@@ -311,7 +311,7 @@ def _grid(lines:list)->list:
 def markdown(self:Comparison)->str:
     "The table, its parts and its notes in Markdown."
     parts = [dict(task=task, metric=p['metric'], part=label, rows=p['rows'], **{n:f"{s[0]:.3f}" for n,s in p['scores'].items()}) for task,_,found in self.parts() for label,p in found]
-    return '\n'.join([*_grid(self.summary()), '', *([*_grid(parts), ''] if parts else []), *(f'- {n}' for n in [*self.lead(), *self.notes()])]) + '\n'
+    return '\n'.join([*grid(self.summary()), '', *([*grid(parts), ''] if parts else []), *(f'- {n}' for n in [*self.lead(), *self.notes()])]) + '\n'
 
 def _png(picture)->bytes:
     file = io.BytesIO(); picture.save(file, 'png')
@@ -339,8 +339,8 @@ def _ready(name, model, rows):
     from vlm_ft.checkpoint import check_folder, find
     if isinstance(model, str) and re.match('https?://', model):
         if not (served := _SERVED.fullmatch(model)): raise ValueError(f"A server is asked for a model by its name.\nFound: {model}.\nTry: {model}#name-of-the-model.")
-        from vlm_ft.evaluation.endpoint import predict_endpoint
-        return partial(predict_endpoint, served[1], served[2], api_key=os.environ.get('OPENAI_API_KEY'))
+        from vlm_ft.evaluation.endpoint import key_for, predict_endpoint
+        return partial(predict_endpoint, served[1], served[2], api_key=key_for(served[1]))
     if isinstance(model, (str,Path)) and Path(model).suffix in ('.jsonl','.json'): return read_predictions(model, rows)
     if isinstance(model, (str,Path)): check_folder(find(str(model)).folder); return model
     if isinstance(model, tuple) and len(model)==2 and hasattr(model[0], 'generate') or callable(model) and not hasattr(model, 'generate'): return model
@@ -394,7 +394,7 @@ def compare(
     one_each({name:answers.get(name, ['']*len(rows)) for name in ready}, len(rows))
     for name,model in ready.items():
         if name in answers: continue
-        if progress: print(name, flush=True)
+        if progress: print(name + (': its server gets every picture at its full size' if _served(model) and load.get('max_pixels') else ''), flush=True)
         file = {} if resume is None else {'resume':Path(resume)/kept_in(name)}
         answers[name] = _run(model, rows, dict(batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress, **file), load)
     answers = {name:answers[name] for name in ready}

@@ -147,7 +147,7 @@ def checked_pairs(rows:list, predictions:list)->tuple:  # (accepted texts, predi
         f"Rows and predictions must pair up: found {len(rows)} rows and {len(predictions)} predictions.\n"
         "Pass one prediction for each row, in the order of the rows ('' where the model wrote nothing).")
     truths = [accepted_answers(row) for row in rows]
-    refuse_rows("A row to be scored has 'answers', or ends in a message of the assistant.", {i:list(rows[i]) for i,t in enumerate(truths) if not t})
+    refuse_rows("A row to be scored has 'answers', or ends in a message of the assistant (`load_rows` makes such rows of an 'image', a 'question' and an 'answer').", {i:list(rows[i]) for i,t in enumerate(truths) if not t})
     return paired(truths, predictions)
 
 def parts_of(rows:list, by=None)->dict:  # (task, bucket or None) -> row numbers
@@ -189,13 +189,14 @@ def differences(
     rows:list,                # as for `score`
     first:list, second:list,  # two models' predictions
     names=('the first','the second'),
-    groups=None, form=clean,  # as for `score`
+    groups=None, form=clean, metrics=None,  # as for `score`
 )->Differences:
     "How two models differ on the same rows, by task and metric."
+    known_metrics(metrics)
     (truths,a),(_,b) = checked_pairs(rows, first),checked_pairs(rows, second)
     labels,out = groups_of(rows, groups),Differences()
     for (task,_),mine in parts_of(rows).items():
-        for metric in metric_for(task):
+        for metric in metrics or metric_for(task):
             x,y = (counts_of(metric, [truths[i] for i in mine], [p[i] for i in mine], form) for p in (a, b))
             out.append(Difference(task=task, **difference(x, y, [labels[i] for i in mine], names, metric, metric in LOWER_IS_BETTER)))
     return out

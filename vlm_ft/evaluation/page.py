@@ -332,7 +332,7 @@ def document(
     policy = f"; script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" if script else ''
     return PAGE.format(title=escape(title), body=body, style=STYLE, script=f'<script>{script}</script>' if script else '', policy=policy, light=LIGHT['bg'], dark=DARK['bg'])
 
-MARKED = '<p class="soft">Marked against the nearest accepted answer, both as they are compared: <ins>underlined</ins> is not in it, <del>struck through</del> is missing here.</p>'
+MARKED = '<p class="soft">Marked against the nearest accepted answer, both as they are compared: <ins>underlined</ins> is not in it, <del>struck through</del> is missing here. An answer that is less than half right is underlined whole.</p>'
 
 def page_html(
     c,                 # a Comparison

@@ -7,12 +7,15 @@ __all__ = ['PRECISIONS', 'Precision', 'precision_named', 'peak_gib', 'disk_gib',
            'NotMeasured', 'measure_apart', 'Precisions', 'compare_precisions', 'plot_precisions']
 
 # %% ../../nbs/evaluation/precision.ipynb #db274e39
-import json, pickle, subprocess, sys, tempfile, time
+import io, json, pickle, subprocess, sys, tempfile, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import torch
 from ..checkpoint import check_folder, find
-from .metrics import LOWER_IS_BETTER, differences, metric_for, score
+from .metrics import LOWER_IS_BETTER, differences, groups_of, known_metrics, metric_for, name_of, score
+from .compare import grid
+from .report import write_whole
+from .text import clean
 from ..loading import at_rest, wanted_device
 from ..models.family import base_of, family_for, nearest, table
 
@@ -135,41 +138,68 @@ class Precisions(list):
     "One dict a checkpoint and precision; prints as a table, and says which to ship."
     def __init__(self, lines=()): super().__init__(lines); self.failed = []    # (checkpoint, precision, why) of what could not be measured
 
-    def __repr__(self): return '\n'.join([self._table(), *(f"{model} in {precision} was not measured: {why}" for model,precision,why in self.failed)])
+    def __repr__(self): return '\n'.join([table(self._lines()), *(f"{model} in {precision} was not measured: {why}" for model,precision,why in self.failed)])
 
-    def _table(self)->str: return table([{k: f"{v[0]:.3f} – {v[1]:.3f}" if isinstance(v, (tuple,list)) else v for k,v in r.items() if k!='bits'} for r in self])
+    def _lines(self)->list: return [{k: f"{v[0]:.3f} – {v[1]:.3f}" if isinstance(v, (tuple,list)) else v for k,v in r.items() if k!='bits'} for r in self]
 
     def metric(self)->str: "The first metric of the first task."; return next(k for k in self[0] if f'{k}_95' in self[0])
 
+    def best(self, lines)->dict:
+        "The line that reads best by the first metric."
+        metric = self.metric()
+        return (min if metric.split('_')[-1] in LOWER_IS_BETTER else max)(lines, key=lambda r: r[metric])
+
+    def firsts(self)->list: "Each checkpoint's first line."; return [next(r for r in self if r['model']==m) for m in dict.fromkeys(r['model'] for r in self)]
+
     def ship(self,
         memory_gib:float|None=None, # the most that may be held; None: no limit
-        model:str|None=None,        # of which checkpoint; None: the last
+        model:str|None=None,        # of which checkpoint; None: of all
     )->str:
-        "A sentence: which precision to ship under a memory limit."
-        mine = [r for r in self if r['model']==(model or self[-1]['model'])]
+        "A sentence: which checkpoint to ship in which precision under a memory limit."
+        mine = [r for r in self if model in (None, r['model'])]
         if not mine: return f"{model} was measured in no precision."
         fit,metric = [r for r in mine if memory_gib is None or r['memory_gib']<=memory_gib],self.metric()
         where = "Without a memory limit" if memory_gib is None else f"Within {memory_gib:g} GiB"
-        if not fit: least = min(mine, key=lambda r: r['memory_gib']); return f"{where} nothing runs: the smallest, {least['precision']}, held {least['memory_gib']:.2f} GiB at its peak."
-        good,first = [r for r in fit if r['against_first']!='worse'],mine[0]
-        best = max(good, key=lambda r: r['rows_per_s']) if good else sorted(fit, key=lambda r: r[metric], reverse=metric.split('_')[-1] not in LOWER_IS_BETTER)[0]
-        far = '' if best.get('at_worst') is None else f": at most {best['at_worst']:.3f} worse, by these rows"
-        beside = "" if best is first else f", where {first['precision']} has {first[metric]:.3f} ({'worse beyond noise' if best['against_first']=='worse' else 'better beyond noise' if best['against_first']=='better' else 'within noise'+far})"
+        if not fit: least = min(mine, key=lambda r: r['memory_gib']); return f"{where} nothing runs: the smallest, {least['model']} in {least['precision']}, held {least['memory_gib']:.2f} GiB at its peak."
+        several = len({r['model'] for r in mine})>1
+        told,far = ('against_best','best_at_worst') if several else ('against_first','at_worst')
+        good,first = [r for r in fit if r[told]!='worse'],self.best(self.firsts()) if several else mine[0]
+        best = max(good, key=lambda r: r['rows_per_s']) if good else self.best(fit)
+        most = '' if best.get(far) is None else f": at most {best[far]:.3f} worse, by these rows"
+        named = f"{first['model']} in {first['precision']}" if several else first['precision']
+        beside = "" if best is first else f", where {named} has {first[metric]:.3f} ({'worse beyond noise' if best[told]=='worse' else 'better beyond noise' if best[told]=='better' else 'within noise'+most})"
         why = "the fastest of those that read no worse" if len(good)>1 else "the only one that reads no worse" if good else "all that fit read worse, and this one least"
         return f"{where} ship {best['model']} in {best['precision']}: {metric} {best[metric]:.3f}{beside}, {best['memory_gib']:.2f} GiB at the peak, {best['rows_per_s']:.1f} rows/s; {why}."
 
-def _metrics(rows, answers)->dict:
+    def advice(self, limits=())->list:
+        "`ship` without a limit and under each, of each checkpoint and of all."
+        models = [r['model'] for r in self.firsts()]
+        return [self.ship(gib, name) for name in (*models, *([None] if len(models)>1 else [])) for gib in (None, *limits)]
+
+    def save(self,
+        path,      # ends in .md (the table and what to ship) or .png (the plot)
+        limits=(), # GiB, as for `ship`
+    )->Path:
+        "Write the comparison; returns where it is."
+        cell = lambda v: '' if v is None else f'{v:.4g}' if isinstance(v, float) else str(v)
+        def text(): return '\n'.join([*grid([{k:cell(v) for k,v in line.items()} for line in self._lines()]), '', *(f'- {t}' for t in (*map(' '.join, ((f'{m} in {p} was not measured:', why) for m,p,why in self.failed)), *self.advice(limits)))])+'\n'
+        def plot(): file = io.BytesIO(); plot_precisions(self).savefig(file, format='png', dpi=120); return file.getvalue()
+        kinds = {'.md':lambda: text().encode(), '.png':plot}
+        if (kind := Path(path).suffix.lower()) not in kinds: raise ValueError(f"A comparison of precisions is written as {', '.join(kinds)}.\nFound: {str(path)!r}.\nTry: a name that ends in one of these.")
+        return write_whole(path, kinds[kind]())
+
+def _metrics(rows, answers, **how)->dict:
     "The first metric of each task and its interval, by name."
-    scores,out = score(rows, answers),{}
+    scores,out = score(rows, answers, **how),{}
     tasks = list(dict.fromkeys(s['task'] for s in scores))
     for s in (next(s for s in scores if s['task']==t) for t in tasks):
-        name = s['metric'] if len(tasks)==1 else f"{s['task']}_{s['metric']}"
+        name = name_of(s['task'], s['metric'], len(tasks)>1)
         out |= {name:s['value'], f'{name}_95':(s['low'],s['high']) if s['low'] is not None else None}
     return out
 
-def _against(rows, first, answers)->tuple:  # (word; how much worse they may be: the far end of the interval, None without one)
-    "How answers compare with the first precision's, on the first metric of each task; one task that is worse makes all worse."
-    found = [d for d in differences(rows, first, answers, ('worse','better')) if d['metric']==metric_for(d['task'])[0]]
+def _against(rows, first, answers, groups=None, form=clean, metrics=None)->tuple:  # (word; how much worse they may be: the far end of the interval, None without one)
+    "How answers compare with other ones, on the first metric of each task; one task that is worse makes all worse."
+    found = [d for d in differences(rows, first, answers, ('worse','better'), groups, form, metrics) if d['metric']==(metrics or metric_for(d['task']))[0]]
     said = [('noise' if d['better'] is None else d['better']) for d in found]
     far = [d['high'] if d['metric'] in LOWER_IS_BETTER else -d['low'] for d in found if d['low'] is not None]
     return 'worse' if 'worse' in said else 'better' if 'better' in said else 'noise', max(0., *far) if far else None
@@ -181,14 +211,17 @@ def compare_precisions(
     batch_size:int=8, max_new_tokens:int|None=None,  # as for `predict`
     device=None,        # None: the GPU if there is one
     max_pixels=None,    # of a picture; None: as the checkpoint was made
+    groups=None, form=clean, metrics=None,  # as for `score`
     say=None,           # told of each line as it is there, such as `print`
 )->Precisions:
     "Metric, size, peak memory and speed of checkpoints in each precision, each in a process of its own."
     folders,ways = folder if isinstance(folder, dict) else {Path(folder).name:folder},[precision_named(b) for b in bits]
-    _metrics(rows, ['']*len(rows))                      # rows without answers are refused now
+    known_metrics(metrics)
+    how = dict(groups=groups_of(rows, groups), form=form, metrics=metrics)
+    _metrics(rows, ['']*len(rows), **how)               # rows without answers are refused now
     for f in folders.values(): check_folder(find(str(f)).folder)
     wanted_device(device)
-    out = Precisions()
+    out,texts = Precisions(),[]
     with tempfile.TemporaryDirectory() as d:
         for n,(name,f) in enumerate(folders.items()):
             first = None
@@ -198,11 +231,14 @@ def compare_precisions(
                     out.failed.append((name, p.name, next(l for l in str(e).splitlines()[::-1] if not l.startswith('Try:')))); error = e
                     if say: say(f"{name}, {p.name}: not measured. {out.failed[-1][-1]}")
                     continue
-                answers = got.pop('answers'); first = first or answers
-                word,far = _against(rows, first, answers)
-                out.append(dict(model=name, precision=p.name, bits=p.bits, **_metrics(rows, answers), against_first=word, at_worst=far, same=sum(a==b for a,b in zip(answers, first))/len(rows), **got))
+                answers = got.pop('answers'); first = first or answers; texts.append(answers)
+                word,far = _against(rows, first, answers, **how)
+                out.append(dict(model=name, precision=p.name, bits=p.bits, **_metrics(rows, answers, **how), against_first=word, at_worst=far, same=sum(a==b for a,b in zip(answers, first))/len(rows), **got))
                 if say: say(f"{name}, {p.name}: {', '.join(f'{k} {v:.4g}' for k,v in out[-1].items() if isinstance(v, float))}")
     if not out: raise error
+    if len(out.firsts())>1:
+        best = next(t for line,t in zip(out, texts) if line is out.best(out.firsts()))
+        for line,answers in zip(out, texts): line['against_best'],line['best_at_worst'] = _against(rows, best, answers, **how)
     return out
 
 # %% ../../nbs/evaluation/precision.ipynb #e1620f56
