@@ -1065,6 +1065,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'vlm_ft.loading.check_length': ('loading.html#check_length', 'vlm_ft/loading.py'),
                                 'vlm_ft.loading.check_pixels': ('loading.html#check_pixels', 'vlm_ft/loading.py'),
                                 'vlm_ft.loading.describe': ('loading.html#describe', 'vlm_ft/loading.py'),
+                                'vlm_ft.loading.emulates_bf16': ('loading.html#emulates_bf16', 'vlm_ft/loading.py'),
                                 'vlm_ft.loading.for_inference': ('loading.html#for_inference', 'vlm_ft/loading.py'),
                                 'vlm_ft.loading.for_training': ('loading.html#for_training', 'vlm_ft/loading.py'),
                                 'vlm_ft.loading.from_pretrained': ('loading.html#from_pretrained', 'vlm_ft/loading.py'),
