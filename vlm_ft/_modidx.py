@@ -1532,6 +1532,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'vlm_ft.recompute._Waiting.gone': ('recompute.html#_waiting.gone', 'vlm_ft/recompute.py'),
                                   'vlm_ft.recompute._Waiting.take': ('recompute.html#_waiting.take', 'vlm_ft/recompute.py'),
                                   'vlm_ft.recompute._emptied': ('recompute.html#_emptied', 'vlm_ft/recompute.py'),
+                                  'vlm_ft.recompute._give_back': ('recompute.html#_give_back', 'vlm_ft/recompute.py'),
                                   'vlm_ft.recompute._most': ('recompute.html#_most', 'vlm_ft/recompute.py'),
                                   'vlm_ft.recompute._one_input': ('recompute.html#_one_input', 'vlm_ft/recompute.py'),
                                   'vlm_ft.recompute._peak': ('recompute.html#_peak', 'vlm_ft/recompute.py'),

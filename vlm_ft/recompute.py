@@ -305,6 +305,7 @@ class StateAside:
     def _each(self, optimizer): return [(p, state, name, t) for p,state in optimizer.state.items() for name,t in state.items() if torch.is_tensor(t) and t.numel()>=self.least]
 
     def _fetch(self, optimizer, *args):
+        _give_back(optimizer)
         for p,state,name,t in self._each(optimizer): state[name] = t.to(p.device, non_blocking=True)
 
     def _put(self, optimizer, *args):
@@ -313,3 +314,9 @@ class StateAside:
             if (p,name) not in self.hosts: self.hosts[p,name] = torch.empty_like(t, device='cpu', pin_memory=t.is_cuda)
             self.hosts[p,name].copy_(t, non_blocking=True); state[name] = self.hosts[p,name]
         for device in {t.device for *_,t in moved if t.is_cuda}: torch.cuda.current_stream(device).synchronize()    # who writes a checkpoint reads them
+        del moved
+        _give_back(optimizer)
+
+def _give_back(optimizer):
+    "Let go of memory that is free: torch keeps small tensors, such as an adapter's, apart from large ones, and what one kind has left the other cannot take."
+    if any(p.is_cuda for g in optimizer.param_groups for p in g['params']): torch.cuda.empty_cache()
