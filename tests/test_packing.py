@@ -4,7 +4,7 @@ import pytest, torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers import AttentionInterface, TrainingArguments
 from vlm_ft import packing
-from vlm_ft.kernels.lora import multiplies_bf16
+from vlm_ft.kernels.lora import FusedLora, multiplies_bf16
 from vlm_ft.lora import get_peft_model
 from vlm_ft.data import encode
 from vlm_ft.features import FeatureCache, image_keys, with_features
@@ -42,6 +42,18 @@ def test_twenty_steps_both_ways(name, checkpointing, tmp_path):
     assert max(abs(a-b)/b for a,b in zip(packed, padded)) < 2e-4                       # Adam doubles what float32 rounds, step after step
     assert abs(packed[0]-padded[0]) < 1e-5*padded[0]
     gap = max(((weights[n]-plain[n]).norm()/plain[n].norm()).item() for n in plain if 'lora_A' in n)
+    assert gap < 1e-3, gap
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_twenty_steps_with_every_lever_and_with_none(name, tmp_path):
+    "Packed passes, blocks run again where memory asks for it, kept features, adapters in one pass, wide products; beside transformers' padded step with PEFT's own layers. (Compiled blocks: test_cuda.)"
+    language = {'finetune_vision_layers':False}                                        # a frozen tower, whose features can be kept
+    fast,ours,trainer = run(name, tmp_path/'fast', parts=language, activation_gib=1e-5, feature_cache_gib=1)
+    assert trainer.packs and trainer.recompute and trainer.features.hits and any(type(m) is FusedLora for m in trainer.model.modules())
+    plain,theirs,trainer = run(name, tmp_path/'plain', parts={**language, 'fused':False}, packing=False, gradient_checkpointing=False, feature_cache_gib=0, flash_attention_4=False)
+    assert not (trainer.packs or trainer.recompute or trainer.features or any(type(m) is FusedLora for m in trainer.model.modules()))
+    assert max(abs(a-b)/b for a,b in zip(fast, plain)) < 2e-4 and abs(fast[0]-plain[0]) < 1e-5*plain[0]
+    gap = max(((ours[n]-theirs[n]).norm()/theirs[n].norm()).item() for n in theirs if 'lora_A' in n)
     assert gap < 1e-3, gap
 
 @pytest.mark.parametrize('name', FAMILIES)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['control_tokens', 'refuse_control', 'fold_system', 'render', 'supervised_mask', 'answer_mask', 'as_family', 'costs',
-           'reader', 'count_tokens', 'smaller_budget', 'refuse_long', 'PictureError', 'pixels_of', 'as_seen',
-           'bytes_only', 'encode', 'Supervision', 'supervision', 'show_supervised', 'check_row', 'check_rows']
+           'reader', 'picture_costs', 'largest_picture', 'count_tokens', 'smaller_budget', 'refuse_long',
+           'PictureError', 'pixels_of', 'as_seen', 'bytes_only', 'encode', 'Supervision', 'supervision',
+           'show_supervised', 'check_row', 'check_rows']
 
 # %% ../nbs/02_data.ipynb #d468deab
 import copy, html, re, sys
@@ -109,6 +110,24 @@ def reader(processor, row:dict, family):
         bounds = {k:row[k] for k in ('min_pixels','max_pixels') if row.get(k)}
         raise wrong(f"{' and '.join(bounds)} cannot be kept.", ', '.join(f'{k}={n}' for k,n in bounds.items())+f": {e}", "another bound for this row, or none.") from e
 
+def picture_costs(
+    row, processor,
+    family,      # or the model
+    resize=None, # as for `encode`
+)->tuple:        # (sizes in pixels, costs) of its pictures
+    "What a row's pictures cost, without decoding a pixel."
+    row,family = to_messages(row),as_family(family)
+    sizes = [fit(image_size(src), resize) for src in pictures_of(row['messages'])]
+    return sizes,costs(sizes, reader(processor, row, family), family)
+
+def largest_picture(
+    sizes:list, tokens:list, # of a row's pictures
+)->str:                      # '' without pictures
+    "Which of a row's pictures takes most tokens, in words."
+    if not sizes: return ''
+    i = max(range(len(sizes)), key=tokens.__getitem__)
+    return f"; picture {i+1} of {len(sizes)}, {sizes[i][0]}x{sizes[i][1]} pixels, alone takes {tokens[i]:,}"
+
 def count_tokens(
     row, processor,
     family,      # or the model
@@ -116,9 +135,8 @@ def count_tokens(
 )->dict:         # text, image, cross (keys of cross-attention), total = text + image
     "Exactly the tokens that `encode` makes of a row, without decoding a pixel."
     row,family = to_messages(row),as_family(family)
-    messages,processor = row['messages'],reader(processor, row, family)
-    each = costs([fit(image_size(src), resize) for src in pictures_of(messages)], processor, family)
-    text = len(_ids(render(messages, processor, family), processor)) - len(each)
+    _,each = picture_costs(row, processor, family, resize)
+    text = len(_ids(render(row['messages'], reader(processor, row, family), family), processor)) - len(each)
     image = sum(c.text for c in each)
     return dict(text=text, image=image, cross=sum(c.cross for c in each), total=text+image)
 
@@ -144,9 +162,9 @@ def refuse_long(
 ):
     "Raise for a row that does not fit whole."
     if not max_seq_length or n<=max_seq_length: return
-    image = sum(c.text for c in costs(sizes, processor, family))
+    image = sum(each := [c.text for c in costs(sizes, processor, family)])
     budget = smaller_budget(sizes, max_seq_length-(n-image), processor, family)
-    raise wrong("the row is longer than max_seq_length, and rows are never cut.", f"{n} tokens ({n-image} text, {image} image) with max_seq_length={max_seq_length}.",
+    raise wrong("the row is longer than max_seq_length, and rows are never cut.", f"{n} tokens ({n-image} text, {image} image) with max_seq_length={max_seq_length}{largest_picture(sizes, each)}.",
                 f"max_seq_length={n}" + (f", or max_pixels={budget} for fewer image tokens." if budget else "."))
 
 # %% ../nbs/02_data.ipynb #a288e33e

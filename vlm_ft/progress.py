@@ -36,7 +36,7 @@ class StepLines(TrainerCallback):
             if minutes: seconds = max(0, min(seconds, 60*minutes-spent))
             left,of = timedelta(seconds=round(seconds)),f"{step:>5}" if minutes else f"{step:>{len(str(last))}}/{last}"
             print(f"step {of}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.1e}  "
-                  f"{logs.get('tokens_per_second', 0):,.0f} tokens/s  {left} left" + (f"  ({wait:.0%} waiting for data)" if (wait := logs.get('data_wait', 0))>.1 else ''), flush=True)
+                  f"{logs.get('tokens_per_second', 0):,.0f} tokens/s  {left} left" + (f"  ({wait:.0%} waiting for data)" if (wait := logs.get('data_wait', 0))>.1 else '') + (f"  (compiling took {made:.0f} s)" if (made := logs.get('compile_seconds')) else ''), flush=True)
         elif 'train_runtime' in logs: print(f"{step} steps, {timedelta(seconds=round(logs['train_runtime']))}, mean loss {logs['train_loss']:.4f}", flush=True)
         elif found := held_out({k.removeprefix('eval_'):v for k,v in logs.items() if k.startswith('eval_')}):
             print(f"  held out, step {step}: " + "  ".join(f"{k} {v}" for k,v in found.items()), flush=True)

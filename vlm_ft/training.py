@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['as_rows', 'check_dataset', 'readable', 'row_of', 'processor_of', 'Numbered', 'RowNotes', 'VisionTrainer',
-           'InTraining', 'memory_advice', 'TimeBudget', 'same_rng']
+           'InTraining', 'memory_found', 'memory_advice', 'TimeBudget', 'same_rng']
 
 # %% ../nbs/04_training.ipynb #78fa904c
-import copy,gc,inspect,logging,math,random,time
+import copy,gc,inspect,logging,math,random,re,time
 from contextlib import ExitStack,contextmanager,nullcontext
 from pathlib import Path
 import numpy as np
@@ -17,7 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import align_special_tokens
 from .checkpoint import check_apart
-from .data import count_tokens
+from .data import count_tokens, largest_picture, picture_costs
 from .loading import check_length, for_training, keep_inputs_frozen
 from .messages import DataError
 from .readers import load_rows
@@ -183,7 +183,12 @@ def _passes(self:VisionTrainer, budget:int)->TokenBatches:
     "The passes of a budget of tokens."
     if not self.packs or not hasattr(self.train_dataset, '__len__'): raise ValueError("tokens_per_pass fills packed passes with rows whose lengths are known before.\n"
         f"Found: {'a stream of rows' if self.packs else 'rows that are padded'}.\nTry: leave it out, and set per_device_train_batch_size.")
-    return TokenBatches(self._lengths(self.train_dataset), budget, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+    try: return TokenBatches(self._lengths(self.train_dataset), budget, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+    except DataError as e:                                                   # which picture is too large
+        def named(i, text):
+            sizes,each = picture_costs(row_of(self.data_collator)(self.train_dataset[i]), self.processing_class, family_for(self.model), getattr(self.data_collator, 'resize', None))
+            return text.replace(f"tokens_per_pass={budget}.", f"tokens_per_pass={budget}{largest_picture(sizes, [c.text+c.cross for c in each])}.", 1)
+        raise DataError([(i, named(i, text)) for i,text in e.problems]) from e
 
 @patch
 def _get_train_sampler(self:VisionTrainer, train_dataset=None):
@@ -244,9 +249,23 @@ def compute_loss(self:VisionTrainer, model, inputs, return_outputs=False, num_it
         if self.features: inputs = with_features(model, inputs, family_for(model), self.features)
         return packed_loss(model, inputs, num_items_in_batch)
 
+def memory_found(
+    error,              # torch's
+    held:int, most:int, # bytes that are taken, and that may be
+    fixed:int,          # bytes of weights, gradients and the optimizer's state
+    rows:int,           # of the step
+)->str:                 # '' where torch does not say what it was asked for
+    "What was held when there was no more, and how many such rows fit at most: all but the weights grows with them."
+    if not (asked := re.search(r'Tried to allocate ([\d.]+) ([KMG])iB', str(error))): return ''
+    asked = float(asked[1])*2**{'K':10, 'M':20, 'G':30}[asked[2]]
+    fit = int(rows*(most-fixed)/max(held+asked-fixed, 1))
+    return (f"; {asked/2**30:.2f} GiB were asked for where {held/2**30:.2f} of {most/2**30:.2f} were taken, {fixed/2**30:.2f} of them by weights and optimizer"
+            + (f", so at most {fit} of {rows} such rows fit" if 0<fit<rows else ", so not one such row fits as it is" if fit<=0 else ''))
+
 def memory_advice(
     inputs:dict, # of the step that did not fit
     args, family,
+    found:str='', # of `memory_found`
 )->str:
     "What was tried, and what would fit better."
     ids = inputs['input_ids'].cpu()                                          # nothing more is asked of a full GPU
@@ -260,7 +279,17 @@ def memory_advice(
     if not args.gradient_checkpointing: tries.append("gradient_checkpointing=True: a third slower, a fraction of the memory")
     tries += ["a smaller max_pixels in from_pretrained: fewer tokens a picture", "load_in_4bit=True: a quarter of the weights' memory"]
     return (f"A step does not fit: the GPU is out of memory.\nFound: {rows} row{'s'*(rows>1)} of together {tokens:,} tokens, {image:,} of them picture; the longest has {longest:,}"
-            f"{'; checkpointing is on' if args.gradient_checkpointing else '; checkpointing is off'}.\nTry, in this order:\n" + "\n".join(f"  - {t}" for t in tries))
+            f"{'; checkpointing is on' if args.gradient_checkpointing else '; checkpointing is off'}{found}.\nTry, in this order:\n" + "\n".join(f"  - {t}" for t in tries))
+
+@patch
+def _memory(self:VisionTrainer, error, inputs)->str:
+    "`memory_found` of the GPU."
+    device = self.args.device
+    if device.type!='cuda': return ''
+    state = [t for s in (self.optimizer.state if self.optimizer else {}).values() for t in s.values() if torch.is_tensor(t)]
+    fixed = sum(t.nbytes for t in (*self.model.parameters(), *(p.grad for p in self.model.parameters() if p.grad is not None), *state) if t.device.type=='cuda')
+    most = int(torch.cuda.mem_get_info(device)[1]*torch.cuda.get_per_process_memory_fraction(device))
+    return memory_found(error, torch.cuda.memory_allocated(device), most, fixed, len(inputs['row_bounds'])-1 if 'row_bounds' in inputs else len(inputs['input_ids']))
 
 @patch
 def get_batch_samples(self:VisionTrainer, epoch_iterator, num_batches, device):
@@ -287,7 +316,7 @@ def _loss_or_error(self:VisionTrainer, model, inputs, num_items_in_batch, can_re
         trains = model is self.model and model.training and base_of(model).training
         with self._pass('row_bounds' in inputs): return Trainer.training_step(self, InTraining(model) if trains else model, inputs, num_items_in_batch)
     except torch.OutOfMemoryError as e:
-        if not (can_repeat and self.recompute.less()): raise torch.OutOfMemoryError(memory_advice(inputs, self.args, family_for(model))) from e
+        if not (can_repeat and self.recompute.less()): raise torch.OutOfMemoryError(memory_advice(inputs, self.args, family_for(model), self._memory(e, inputs))) from e
     return torch.OutOfMemoryError                                             # outside of `except`: the error holds the tensors of the pass
 
 @patch
