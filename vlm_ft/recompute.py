@@ -141,10 +141,10 @@ def _emptied(device)->int:
     return torch.cuda.memory_stats(device).get('num_alloc_retries', 0) if device.type=='cuda' else 0
 
 def _most(device)->float:
-    "Bytes that a step may take: nineteen twentieths of a GPU, or of the share of it that the process was given; elsewhere half of what is free."
+    "Bytes that a step may take: nine tenths of a GPU, or of the share of it that the process was given; elsewhere half of what is free."
     if device.type!='cuda': return free_gib()*2**30/2
     free,total = torch.cuda.mem_get_info(device)
-    return .95*min(free+torch.cuda.memory_reserved(device), total*torch.cuda.get_per_process_memory_fraction(device))
+    return .9*min(free+torch.cuda.memory_reserved(device), total*torch.cuda.get_per_process_memory_fraction(device))
 
 # %% ../nbs/recompute.ipynb #6414ce4b
 class SavedGradients:
