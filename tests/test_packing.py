@@ -135,6 +135,8 @@ def test_features_are_kept_over_epochs(name, tmp_path):
     assert trainer.features.misses==8 and trainer.features.hits>20 and other.features is None      # eight pictures, several epochs
     assert max(abs(a-b)/b for a,b in zip(kept, new)) < 2e-4 and abs(kept[0]-new[0]) < 1e-5*new[0]
     assert max(((weights[n]-plain[n]).norm()/plain[n].norm()).item() for n in plain if 'lora_A' in n) < 1e-3
+    written,same,trainer = run(name, tmp_path, parts=parts, feature_cache_gib=0, feature_cache_disk_gib=1)
+    assert written==kept and len(trainer.features.written)==8 and not trainer.features.kept and all(map(torch.equal, same.values(), weights.values()))
     assert run(name, tmp_path, 1, feature_cache_gib=1)[2].features is None                         # a tower that trains looks each time
 
 @pytest.mark.parametrize('name', FAMILIES)

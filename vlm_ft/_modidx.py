@@ -907,6 +907,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'vlm_ft.features': { 'vlm_ft.features.FeatureCache': ('features.html#featurecache', 'vlm_ft/features.py'),
                                  'vlm_ft.features.FeatureCache.__call__': ('features.html#featurecache.__call__', 'vlm_ft/features.py'),
                                  'vlm_ft.features.FeatureCache.__init__': ('features.html#featurecache.__init__', 'vlm_ft/features.py'),
+                                 'vlm_ft.features.FeatureCache._keep': ('features.html#featurecache._keep', 'vlm_ft/features.py'),
+                                 'vlm_ft.features.FeatureCache._kept': ('features.html#featurecache._kept', 'vlm_ft/features.py'),
                                  'vlm_ft.features.free_gib': ('features.html#free_gib', 'vlm_ft/features.py'),
                                  'vlm_ft.features.image_keys': ('features.html#image_keys', 'vlm_ft/features.py'),
                                  'vlm_ft.features.looks_once': ('features.html#looks_once', 'vlm_ft/features.py'),

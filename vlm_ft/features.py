@@ -6,7 +6,7 @@
 __all__ = ['image_keys', 'looks_once', 'free_gib', 'FeatureCache', 'with_features']
 
 # %% ../nbs/features.ipynb #3790f7e4
-import hashlib
+import hashlib,shutil,tempfile
 from pathlib import Path
 import torch
 from .models.family import base_of, byte_values, onto
@@ -39,10 +39,32 @@ def free_gib()->float:
     return int(lines['MemAvailable'].split()[0])/2**20
 
 class FeatureCache:
-    "Features of pictures by key, up to a limit of memory."
+    "Features of pictures by key, up to a limit of memory, and from there on up to one of disk."
     def __init__(self,
-        gib:float, # at most; 0: nothing is kept
-    ): self.room,self.kept,self.hits,self.misses = int(gib*2**30),{},0,0
+        gib:float,        # of memory, at most
+        disk_gib:float=0, # of a file that goes with the process
+        folder=None,      # where the file is; None: the system's for such files
+    ):
+        self.room,self.disk_room,self.kept,self.written,self.hits,self.misses = int(gib*2**30),int(disk_gib*2**30),{},{},0,0   # written: key -> (place in the file, shape, dtype)
+        if not disk_gib: return
+        folder = Path(folder or tempfile.gettempdir()); folder.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(folder).free)<self.disk_room: raise ValueError(
+            f"The disk has less room than features of pictures may take.\nFound: feature_cache_disk_gib={disk_gib:g}, and {free/2**30:.1f} GiB free in {folder}.\nTry: less, or another output_dir.")
+        self.file = tempfile.TemporaryFile(dir=folder)
+
+    def _keep(self, k, v):
+        "In memory, in the file, or nowhere."
+        if v.nbytes<=self.room: self.kept[k] = v.cpu(); self.room -= v.nbytes
+        elif v.nbytes<=self.disk_room:
+            self.written[k] = self.file.seek(0, 2),v.shape,v.dtype
+            self.file.write(v.cpu().contiguous().flatten().view(torch.uint8).numpy()); self.disk_room -= v.nbytes
+
+    def _kept(self, k)->torch.Tensor:
+        if k in self.kept: return self.kept[k]
+        at,shape,dtype = self.written[k]
+        v = torch.empty(shape, dtype=dtype)
+        self.file.seek(at); self.file.readinto(v.flatten().view(torch.uint8).numpy())
+        return v
 
     def __call__(self,
         keys:list,       # of `image_keys`
@@ -52,12 +74,11 @@ class FeatureCache:
         "The features of all pictures; those that are not kept are computed, once each."
         new = {}
         for i,k in enumerate(keys):
-            if k not in self.kept: new.setdefault(k, i)
+            if k not in self.kept and k not in self.written: new.setdefault(k, i)
         made = dict(zip(new, compute(list(new.values())))) if new else {}
         self.hits,self.misses = self.hits+len(keys)-len(new),self.misses+len(new)
-        for k,v in made.items():
-            if v.nbytes<=self.room: self.kept[k] = v.cpu(); self.room -= v.nbytes
-        return [made[k] if k in made else onto(self.kept[k], device) for k in keys]
+        for k,v in made.items(): self._keep(k, v)
+        return [made[k] if k in made else onto(self._kept(k), device) for k in keys]
 
 # %% ../nbs/features.ipynb #b02178bf
 def with_features(

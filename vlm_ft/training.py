@@ -152,8 +152,8 @@ class VisionTrainer(Trainer):
         self.adapters = AdaptersAtHand(model, dict(bf16=torch.bfloat16, fp16=torch.float16).get(self.accelerator.mixed_precision))
         self.compiling = Compiling(getattr(args, 'compile_blocks', None), model.device)
         self.graphs,self.budget = BlockGraphs(model, forgiving=self.compiling.wanted is None),None                     # budget: of minutes, once training begins
-        gib = getattr(args, 'feature_cache_gib', None)
-        self.features = FeatureCache(free_gib()/4 if gib is None else gib) if self.packs and gib!=0 and not augment and looks_once(model, family_for(model)) else None
+        gib,disk = getattr(args, 'feature_cache_gib', None),getattr(args, 'feature_cache_disk_gib', 0)
+        self.features = FeatureCache(free_gib()/4 if gib is None else gib, disk, args.output_dir) if self.packs and (gib!=0 or disk) and not augment and looks_once(model, family_for(model)) else None
 
     @property
     def kept(self)->list[dict]:
