@@ -163,7 +163,8 @@ class Precisions(list):
         if not fit: least = min(mine, key=lambda r: r['memory_gib']); return f"{where} nothing runs: the smallest, {least['model']} in {least['precision']}, held {least['memory_gib']:.2f} GiB at its peak."
         several = len({r['model'] for r in mine})>1
         told,far = ('against_best','best_at_worst') if several else ('against_first','at_worst')
-        good,first = [r for r in fit if r[told]!='worse'],self.best(self.firsts()) if several else mine[0]
+        out = {r['model'] for r in self.firsts() if several and r[told]=='worse'}
+        good,first = [r for r in fit if r[told]!='worse' and r['model'] not in out],self.best(self.firsts()) if several else mine[0]
         best = max(good, key=lambda r: r['rows_per_s']) if good else self.best(fit)
         most = '' if best.get(far) is None else f": at most {best[far]:.3f} worse, by these rows"
         named = f"{first['model']} in {first['precision']}" if several else first['precision']
