@@ -59,7 +59,7 @@ STYLE = f"""
 .vlm-report td.number { white-space:nowrap }
 .vlm-report small { color:var(--soft); font-size:.82rem; white-space:nowrap }
 .vlm-report .name { overflow-wrap:anywhere }
-.vlm-report .scores th.name { min-width:9rem; max-width:18rem } .vlm-report .scores thead th { white-space:nowrap }
+.vlm-report .scores th.name { min-width:11.5rem; max-width:18rem } .vlm-report .scores thead th { white-space:nowrap }
 .vlm-report .key { display:inline-block; width:.9em; height:.9em; vertical-align:-.08em; margin-right:.4em }
 .vlm-report .key svg { width:.9em; height:.9em }
 .vlm-report .parts { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,25rem),1fr)); gap:.6rem 2.4rem }
