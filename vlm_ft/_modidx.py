@@ -1088,6 +1088,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'vlm_ft.loading.refuse_extras': ('loading.html#refuse_extras', 'vlm_ft/loading.py'),
                                 'vlm_ft.loading.refuse_unadapted': ('loading.html#refuse_unadapted', 'vlm_ft/loading.py'),
                                 'vlm_ft.loading.refuse_uneven_on_cpu': ('loading.html#refuse_uneven_on_cpu', 'vlm_ft/loading.py'),
+                                'vlm_ft.loading.say_detours': ('loading.html#say_detours', 'vlm_ft/loading.py'),
                                 'vlm_ft.loading.settle': ('loading.html#settle', 'vlm_ft/loading.py'),
                                 'vlm_ft.loading.uneven_linears': ('loading.html#uneven_linears', 'vlm_ft/loading.py'),
                                 'vlm_ft.loading.wanted_bits': ('loading.html#wanted_bits', 'vlm_ft/loading.py'),

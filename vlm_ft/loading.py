@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['is_bf16_supported', 'wanted_device', 'wanted_place', 'let_segments_grow', 'wanted_dtype', 'emulates_bf16',
-           'wanted_bits', 'quantization', 'agreed_bits', 'quantized_modules', 'uneven_linears', 'on_cpu',
+           'say_detours', 'wanted_bits', 'quantization', 'agreed_bits', 'quantized_modules', 'uneven_linears', 'on_cpu',
            'whole_blocks_on_cpu', 'refuse_uneven_on_cpu', 'part_of', 'n_parameters', 'n_bytes', 'describe',
            'keep_inputs_frozen', 'for_training', 'for_inference', 'at_rest', 'refuse_extras', 'check_length',
            'check_pixels', 'check_checkpointing', 'refuse_unadapted', 'settle', 'load_processor', 'load_weights',
@@ -13,6 +13,7 @@ __all__ = ['is_bf16_supported', 'wanted_device', 'wanted_place', 'let_segments_g
 # %% ../nbs/00_loading.ipynb #4393b61e
 import copy, inspect, json, logging, os, platform, sys
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 import torch
@@ -75,6 +76,11 @@ def wanted_dtype(
 def emulates_bf16()->bool:
     "Whether this CPU has no instructions for bfloat16."
     return platform.machine() in ('x86_64','AMD64') and not torch.backends.cpu.get_cpu_capability().startswith('AVX512')
+
+@cache
+def say_detours():
+    "A word in the log, once, on what bfloat16 costs here."
+    if emulates_bf16(): logging.getLogger('vlm_ft').warning("This CPU has no instructions for bfloat16 and computes it by detours: dtype='float32' takes more memory and a third of the time.")
 
 def wanted_bits(
     load_in_4bit=False, load_in_8bit=False, load_in_16bit=False, full_finetuning=False, dtype=None,
@@ -406,7 +412,7 @@ def from_pretrained(
     let_segments_grow()                                                       # before anything asks the GPU
     bits,named,dtype = wanted_bits(load_in_4bit, load_in_8bit, load_in_16bit, full_finetuning, dtype),dtype is not None or load_in_16bit,wanted_dtype(dtype)
     place = wanted_place(device, device_map)
-    if not named and on_cpu(place) and emulates_bf16(): logging.getLogger('vlm_ft').warning("This CPU has no instructions for bfloat16 and computes it by detours: dtype='float32' takes more memory and a third of the time.")
+    if not named and on_cpu(place): say_detours()
     check_checkpointing(use_gradient_checkpointing); check_pixels(min_pixels=min_pixels, **max_pixels if isinstance(max_pixels, dict) else dict(max_pixels=max_pixels))
     source = find(model_name, token, revision, trust_remote_code)
     if full_finetuning and source.adapter: raise ValueError(f"full_finetuning=True trains whole weights, and {model_name} is an adapter.\nTry: merge it first, or leave full_finetuning out.")
