@@ -46,10 +46,10 @@ def test_twenty_steps_both_ways(name, checkpointing, tmp_path):
 
 @pytest.mark.parametrize('name', FAMILIES)
 def test_twenty_steps_with_every_lever_and_with_none(name, tmp_path):
-    "Packed passes, blocks run again where memory asks for it, kept features, adapters in one pass, wide products; beside transformers' padded step with PEFT's own layers. (Compiled blocks: test_cuda.)"
+    "Packed passes, blocks run again where memory asks for it, kept features, adapters in one pass; beside transformers' padded step with PEFT's own layers. (Compiled blocks: test_cuda; half products: below.)"
     language = {'finetune_vision_layers':False}                                        # a frozen tower, whose features can be kept
     fast,ours,trainer = run(name, tmp_path/'fast', parts=language, activation_gib=1e-5, feature_cache_gib=1)
-    assert trainer.packs and trainer.recompute and trainer.features.hits and any(type(m) is FusedLora for m in trainer.model.modules())
+    assert trainer.packs and trainer.features.hits and all(l['keep all']<l['of'] for l in trainer.kept if l['MiB each']) and any(type(m) is FusedLora for m in trainer.model.modules())
     plain,theirs,trainer = run(name, tmp_path/'plain', parts={**language, 'fused':False}, packing=False, gradient_checkpointing=False, feature_cache_gib=0, flash_attention_4=False)
     assert not (trainer.packs or trainer.recompute or trainer.features or any(type(m) is FusedLora for m in trainer.model.modules()))
     assert max(abs(a-b)/b for a,b in zip(fast, plain)) < 2e-4 and abs(fast[0]-plain[0]) < 1e-5*plain[0]

@@ -141,7 +141,7 @@ def train_options(p):
 # %% ../nbs/cli.ipynb #c054a7e3
 def evaluate(a):
     "Read held-out rows with one model or several, score the answers with intervals, and say which is better."
-    from vlm_ft.evaluation.compare import compare, named, read_data
+    from vlm_ft.evaluation.compare import compare, is_loaded, named, read_data
     from vlm_ft.evaluation.text import Normalise
     from vlm_ft.preflight import check_room
     if a.limit is not None and a.limit<1: raise ValueError(f"--limit must be at least 1.\nFound: {a.limit}.")
@@ -149,7 +149,7 @@ def evaluate(a):
     for path in reports:
         known = ('.png','.md') if a.bits else ('.html','.md','.png')
         if Path(path).suffix.lower() not in known: raise ValueError(f"--report writes {', '.join(known)}{' of a comparison of precisions' if a.bits else ''}.\nFound: {path}.")
-        check_room(Path(path).parent if a.report else '.')
+    for folder in {Path(path).parent for path in reports}: check_room(folder)
     if a.memory and not a.bits: raise ValueError("--memory says what --bits may hold.\nFound: --memory alone.\nTry: --bits 16 8 4.")
     if a.bits and (given := [o for o in ('dtype','load_in_4bit','load_in_8bit','min_pixels','resume') if getattr(a, o)]):
         raise ValueError(f"--bits loads each precision at its defaults, and answers every row against the clock.\nFound: --{', --'.join(o.replace('_', '-') for o in given)} as well.\nTry: one or the other.")
@@ -160,7 +160,10 @@ def evaluate(a):
     how = dict(metrics=a.metrics, form=Normalise(case='case' not in a.ignore, punctuation='punctuation' not in a.ignore, space='all' if 'space' in a.ignore else 'outer'))
     groups = range(len(rows)) if a.groups=='row' else a.groups
     if a.bits: return precisions(a, models, *read_data(rows, groups, a.limit), how, reports)
-    compared = compare(models, rows, groups=groups, limit=a.limit, batch_size=a.batch, max_new_tokens=a.max_new_tokens, resume=a.resume, title=f'{", ".join(models)} on {Path(a.data).name}', **how, **load_settings(a))
+    loads = any(is_loaded(m) for m in models.values())
+    if not loads and (given := [o for o in ('dtype','load_in_4bit','load_in_8bit','min_pixels','max_pixels','device') if getattr(a, o)]): raise ValueError(
+        f"--{', --'.join(o.replace('_', '-') for o in given)} says how a folder is loaded.\nFound: servers and files of answers alone.\nTry: without it.")
+    compared = compare(models, rows, groups=groups, limit=a.limit, batch_size=a.batch, max_new_tokens=a.max_new_tokens, resume=a.resume, title=f'{", ".join(models)} on {Path(a.data).name}', **how, **(load_settings(a) if loads else {}))
     print(compared)
     for path in reports: print(compared.save(path))
 

@@ -6,7 +6,7 @@
 __all__ = ['image_keys', 'looks_once', 'free_gib', 'FeatureCache', 'with_features']
 
 # %% ../nbs/features.ipynb #3790f7e4
-import hashlib,shutil,tempfile
+import hashlib,logging,shutil,tempfile
 from pathlib import Path
 import torch
 from .models.family import base_of, byte_values, onto
@@ -50,14 +50,19 @@ class FeatureCache:
         folder = Path(folder or tempfile.gettempdir()); folder.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(folder).free)<self.disk_room: raise ValueError(
             f"The disk has less room than features of pictures may take.\nFound: feature_cache_disk_gib={disk_gib:g}, and {free/2**30:.1f} GiB free in {folder}.\nTry: less, or another output_dir.")
-        self.file = tempfile.TemporaryFile(dir=folder)
+        self.file = tempfile.TemporaryFile(dir=folder, buffering=0)               # a write that fails leaves nothing to fail again
 
     def _keep(self, k, v):
         "In memory, in the file, or nowhere."
         if v.nbytes<=self.room: self.kept[k] = v.cpu(); self.room -= v.nbytes
         elif v.nbytes<=self.disk_room:
-            self.written[k] = self.file.seek(0, 2),v.shape,v.dtype
-            self.file.write(v.cpu().contiguous().flatten().view(torch.uint8).numpy()); self.disk_room -= v.nbytes
+            try:
+                at = self.file.seek(0, 2)
+                if self.file.write(v.cpu().contiguous().flatten().view(torch.uint8).numpy())<v.nbytes: raise OSError('the disk is full')
+            except OSError as e:                                                     # what is not kept is computed again
+                self.disk_room = 0
+                logging.getLogger('vlm_ft').warning(f"No more features of pictures are written: {e}. Those that are missing are computed in each epoch.")
+            else: self.written[k] = at,v.shape,v.dtype; self.disk_room -= v.nbytes
 
     def _kept(self, k)->torch.Tensor:
         if k in self.kept: return self.kept[k]

@@ -22,7 +22,7 @@ from .models.family import base_of, family_for, known_types, nearest, refuse_unk
 
 # %% ../nbs/00_loading.ipynb #4dfcd683
 def is_bf16_supported()->bool:
-    "Whether bfloat16 is native here: on GPUs since Ampere, and on CPUs."
+    "Whether models are loaded in bfloat16 here: on GPUs since Ampere, and on CPUs, though not all have instructions for it."
     return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
 
 def wanted_device(
@@ -74,13 +74,13 @@ def wanted_dtype(
     return got
 
 def emulates_bf16()->bool:
-    "Whether this CPU has no instructions for bfloat16."
+    "Whether this CPU computes bfloat16 by detours: x86 without AVX-512."
     return platform.machine() in ('x86_64','AMD64') and not torch.backends.cpu.get_cpu_capability().startswith('AVX512')
 
 @cache
 def say_detours():
     "A word in the log, once, on what bfloat16 costs here."
-    if emulates_bf16(): logging.getLogger('vlm_ft').warning("This CPU has no instructions for bfloat16 and computes it by detours: dtype='float32' takes more memory and a third of the time.")
+    if emulates_bf16(): logging.getLogger('vlm_ft').warning("This CPU computes bfloat16 by detours: dtype='float32' takes more memory and a third of the time.")
 
 def wanted_bits(
     load_in_4bit=False, load_in_8bit=False, load_in_16bit=False, full_finetuning=False, dtype=None,
@@ -412,7 +412,7 @@ def from_pretrained(
     let_segments_grow()                                                       # before anything asks the GPU
     bits,named,dtype = wanted_bits(load_in_4bit, load_in_8bit, load_in_16bit, full_finetuning, dtype),dtype is not None or load_in_16bit,wanted_dtype(dtype)
     place = wanted_place(device, device_map)
-    if not named and on_cpu(place): say_detours()
+    if not named and dtype==torch.bfloat16 and on_cpu(place): say_detours()
     check_checkpointing(use_gradient_checkpointing); check_pixels(min_pixels=min_pixels, **max_pixels if isinstance(max_pixels, dict) else dict(max_pixels=max_pixels))
     source = find(model_name, token, revision, trust_remote_code)
     if full_finetuning and source.adapter: raise ValueError(f"full_finetuning=True trains whole weights, and {model_name} is an adapter.\nTry: merge it first, or leave full_finetuning out.")

@@ -177,7 +177,7 @@ class VisionTrainingArguments(TrainingArguments):
     dataset_kwargs:dict|str|None = None
     dataset_num_proc:int|None = None                     # accepted: there is nothing to prepare in advance
     feature_cache_gib:float|None = None                  # memory for the features of a frozen vision tower; None: a quarter of what is free, 0: none
-    feature_cache_disk_gib:float = 0                     # room for those that memory has none for, in a file in output_dir that goes with the run
+    feature_cache_disk_gib:float = 0                     # room for those that memory has none for, in a file in output_dir that goes with the trainer
     tokens_per_pass:int|None = None                      # rows fill a pass up to so many tokens, pictures included; then per_device_train_batch_size does not count
     packing:bool = True                                  # rows of a step one after the other, not padded; False: the plain way
     flash_attention_4:bool = True                        # packed rows attend by flash-attn-4 where it is installed and the GPU has it; False: by torch's own kernel

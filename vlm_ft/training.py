@@ -27,7 +27,7 @@ from .kernels.lora import AdaptersAtHand, half_products
 from .packing import packed, packed_loss
 from .preflight import check_args, check_model, check_room, checkpoint_bytes
 from .progress import EvalByGeneration, History, StepLines
-from .recompute import Recompute, RunAgain, SavedGradients, StateAside
+from .recompute import Recompute, RunAgain, SavedGradients, StateAside, gpu_limit
 from .resume import check_checkpoint, check_unfinished, find_checkpoint, load_whole
 from .samplers import LengthGroups, TokenBatches
 from .kernels.compiled import BlockGraphs, Compiling
@@ -183,7 +183,8 @@ def _passes(self:VisionTrainer, budget:int)->TokenBatches:
     "The passes of a budget of tokens."
     if not self.packs or not hasattr(self.train_dataset, '__len__'): raise ValueError("tokens_per_pass fills packed passes with rows whose lengths are known before.\n"
         f"Found: {'a stream of rows' if self.packs else 'rows that are padded'}.\nTry: leave it out, and set per_device_train_batch_size.")
-    try: return TokenBatches(self._lengths(self.train_dataset), budget, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+    lengths = self._lengths(self.train_dataset)
+    try: return TokenBatches(lengths, budget, self.args.seed if self.args.data_seed is None else self.args.data_seed)
     except DataError as e:                                                   # which picture is too large
         def named(i, text):
             sizes,each = picture_costs(row_of(self.data_collator)(self.train_dataset[i]), self.processing_class, family_for(self.model), getattr(self.data_collator, 'resize', None))
@@ -253,14 +254,15 @@ def memory_found(
     error,              # torch's
     held:int, most:int, # bytes that are taken, and that may be
     fixed:int,          # bytes of weights, gradients and the optimizer's state
-    rows:int,           # of the step
+    rows:int|None,      # of the step, where all but the weights grows with them; None: not so
 )->str:                 # '' where torch does not say what it was asked for
-    "What was held when there was no more, and how many such rows fit at most: all but the weights grows with them."
-    if not (asked := re.search(r'Tried to allocate ([\d.]+) ([KMG])iB', str(error))): return ''
-    asked = float(asked[1])*2**{'K':10, 'M':20, 'G':30}[asked[2]]
-    fit = int(rows*(most-fixed)/max(held+asked-fixed, 1))
+    "What was held when there was no more, and how many such rows fit at most."
+    size = lambda said: (m := re.search(said.replace('SIZE', r'([\d.]+) ([KMG])iB'), str(error))) and float(m[1])*2**{'K':10, 'M':20, 'G':30}[m[2]]
+    if not (asked := size('Tried to allocate SIZE')): return ''
+    held = size('SIZE is allocated by PyTorch') or held                       # what is read now is what the error has left
+    fit = int(rows*(most-fixed)/max(held+asked-fixed, 1)) if rows else None
     return (f"; {asked/2**30:.2f} GiB were asked for where {held/2**30:.2f} of {most/2**30:.2f} were taken, {fixed/2**30:.2f} of them by weights and optimizer"
-            + (f", so at most {fit} of {rows} such rows fit" if 0<fit<rows else ", so not one such row fits as it is" if fit<=0 else ''))
+            + ('' if fit is None or fit>=rows else f", so at most {fit} of {rows} such rows fit" if fit>0 else ", so not one such row fits as it is"))
 
 def memory_advice(
     inputs:dict, # of the step that did not fit
@@ -288,8 +290,8 @@ def _memory(self:VisionTrainer, error, inputs)->str:
     if device.type!='cuda': return ''
     state = [t for s in (self.optimizer.state if self.optimizer else {}).values() for t in s.values() if torch.is_tensor(t)]
     fixed = sum(t.nbytes for t in (*self.model.parameters(), *(p.grad for p in self.model.parameters() if p.grad is not None), *state) if t.device.type=='cuda')
-    most = int(torch.cuda.mem_get_info(device)[1]*torch.cuda.get_per_process_memory_fraction(device))
-    return memory_found(error, torch.cuda.memory_allocated(device), most, fixed, len(inputs['row_bounds'])-1 if 'row_bounds' in inputs else len(inputs['input_ids']))
+    rows = len(inputs['row_bounds'])-1 if 'row_bounds' in inputs else len(inputs['input_ids'])
+    return memory_found(error, torch.cuda.memory_allocated(device), gpu_limit(device), fixed, None if self.recompute and self.recompute.keeps else rows)
 
 @patch
 def get_batch_samples(self:VisionTrainer, epoch_iterator, num_batches, device):

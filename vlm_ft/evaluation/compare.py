@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARROW', 'named', 'read_predictions', 'one_each', 'read_data', 'verdict', 'judged', 'confusions', 'Comparison', 'each',
-           'grid', 'kept_in', 'compare']
+           'grid', 'is_loaded', 'kept_in', 'compare']
 
 # %% ../../nbs/evaluation/compare.ipynb #bb0106bc
 import gc,inspect,io,itertools,json,os,re
@@ -334,6 +334,12 @@ def __repr__(self:Comparison): return '\n'.join([table(self.summary()), '', *sel
 def _repr_html_(self:Comparison): return cell_html(self)
 
 # %% ../../nbs/evaluation/compare.ipynb #a38fee07
+def is_loaded(
+    model, # of `compare`
+)->bool:
+    "Whether it is the name of a checkpoint: no server, and no file of answers."
+    return isinstance(model, (str,Path)) and not re.match('https?://', str(model)) and Path(model).suffix not in ('.jsonl','.json')
+
 def _ready(name, model, rows):
     "A model of `compare` as a function of rows, or its texts; what cannot be either is refused."
     from vlm_ft.checkpoint import check_folder, find
@@ -341,8 +347,8 @@ def _ready(name, model, rows):
         if not (served := _SERVED.fullmatch(model)): raise ValueError(f"A server is asked for a model by its name.\nFound: {model}.\nTry: {model}#name-of-the-model.")
         from vlm_ft.evaluation.endpoint import key_for, predict_endpoint
         return partial(predict_endpoint, served[1], served[2], api_key=key_for(served[1]))
-    if isinstance(model, (str,Path)) and Path(model).suffix in ('.jsonl','.json'): return read_predictions(model, rows)
-    if isinstance(model, (str,Path)): check_folder(find(str(model)).folder); return model
+    if is_loaded(model): check_folder(find(str(model)).folder); return model
+    if isinstance(model, (str,Path)): return read_predictions(model, rows)
     if isinstance(model, tuple) and len(model)==2 and hasattr(model[0], 'generate') or callable(model) and not hasattr(model, 'generate'): return model
     if isinstance(model, (list,tuple)): return model
     raise TypeError(f"{name!r} is nothing that can be compared.\nFound: {type(model).__name__}.\nTry: a folder, (model, processor), a list of answers, or a .jsonl file of them.")
@@ -394,7 +400,7 @@ def compare(
     one_each({name:answers.get(name, ['']*len(rows)) for name in ready}, len(rows))
     for name,model in ready.items():
         if name in answers: continue
-        if progress: print(name + (': its server gets every picture at its full size' if _served(model) and load.get('max_pixels') else ''), flush=True)
+        if progress: print(name + (': its server gets every picture at its full size' if _served(model) and load.get('max_pixels') and not model.keywords.get('resize') else ''), flush=True)
         file = {} if resume is None else {'resume':Path(resume)/kept_in(name)}
         answers[name] = _run(model, rows, dict(batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress, **file), load)
     answers = {name:answers[name] for name in ready}

@@ -32,8 +32,8 @@ def key_for(
     url:str,
 )->str|None:
     "The key in OPENAI_API_KEY, for OpenAI's own address and the one that OPENAI_BASE_URL names: no other server is told it."
-    hosts = {urlsplit(u).netloc for u in ('https://api.openai.com', os.environ.get('OPENAI_BASE_URL', ''))}
-    return os.environ.get('OPENAI_API_KEY') if urlsplit(url).netloc in hosts else None
+    def place(u): parts = urlsplit(u); return parts.scheme,parts.hostname,parts.port or {'https':443, 'http':80}.get(parts.scheme)
+    return os.environ.get('OPENAI_API_KEY') if place(url) in map(place, filter(None, ('https://api.openai.com', os.environ.get('OPENAI_BASE_URL')))) else None
 
 class EndpointError(RuntimeError): "A server that does not answer, or refuses."
 
@@ -51,6 +51,7 @@ def ask(
             return said if isinstance(said, str) else ''.join(p.get('text') or '' for p in said), choice.get('finish_reason')!='length'
         except urllib.error.HTTPError as e:
             found = f"HTTP {e.code}: {e.read()[:300].decode('utf-8', 'replace')}"
+            if e.code==401 and 'Authorization' not in headers and os.environ.get('OPENAI_API_KEY'): found += f"\n(It was told no key: OPENAI_API_KEY is for the address in OPENAI_BASE_URL, {os.environ.get('OPENAI_BASE_URL') or 'which is not set'}.)"
             if e.code not in (408,409,429) and e.code<500: raise EndpointError(found) from e
             if (asked := e.headers.get('Retry-After', '')).isdigit(): wait = float(asked)
         except (OSError, ValueError, KeyError, IndexError, TypeError) as e: found = f"{type(e).__name__}: {e}"

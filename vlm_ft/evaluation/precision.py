@@ -149,7 +149,9 @@ class Precisions(list):
         metric = self.metric()
         return (min if metric.split('_')[-1] in LOWER_IS_BETTER else max)(lines, key=lambda r: r[metric])
 
-    def firsts(self)->list: "Each checkpoint's first line."; return [next(r for r in self if r['model']==m) for m in dict.fromkeys(r['model'] for r in self)]
+    def firsts(self)->list:
+        "Each checkpoint's line with the most bits that was measured."
+        return [max((r for r in self if r['model']==m), key=lambda r: r['bits']) for m in dict.fromkeys(r['model'] for r in self)]
 
     def ship(self,
         memory_gib:float|None=None, # the most that may be held; None: no limit
@@ -164,12 +166,12 @@ class Precisions(list):
         several = len({r['model'] for r in mine})>1
         told,far = ('against_best','best_at_worst') if several else ('against_first','at_worst')
         out = {r['model'] for r in self.firsts() if several and r[told]=='worse'}
-        good,first = [r for r in fit if r[told]!='worse' and r['model'] not in out],self.best(self.firsts()) if several else mine[0]
+        good,first = [r for r in fit if r[told]=='better' or r[told]!='worse' and r['model'] not in out],self.best(self.firsts()) if several else mine[0]
         best = max(good, key=lambda r: r['rows_per_s']) if good else self.best(fit)
         most = '' if best.get(far) is None else f": at most {best[far]:.3f} worse, by these rows"
         named = f"{first['model']} in {first['precision']}" if several else first['precision']
         beside = "" if best is first else f", where {named} has {first[metric]:.3f} ({'worse beyond noise' if best[told]=='worse' else 'better beyond noise' if best[told]=='better' else 'within noise'+most})"
-        why = "the fastest of those that read no worse" if len(good)>1 else "the only one that reads no worse" if good else "all that fit read worse, and this one least"
+        why = "the fastest of those that read no worse" if len(good)>1 else "the only one that reads no worse" if good else "all that fit read worse, and this one least" if best[told]=='worse' else "its checkpoint reads worse in more bits, but nothing else fits"
         return f"{where} ship {best['model']} in {best['precision']}: {metric} {best[metric]:.3f}{beside}, {best['memory_gib']:.2f} GiB at the peak, {best['rows_per_s']:.1f} rows/s; {why}."
 
     def advice(self, limits=())->list:
