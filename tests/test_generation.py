@@ -74,13 +74,14 @@ def test_bfloat16_changes_few_rows_and_no_metric(device):
     "The rows that differ from `generate` in the same precision are counted: a rounding may turn one, and no metric."
     rows = lines(40)
     model,processor = load(torch.float32, device)
-    exact = score(rows, predict(model, processor, rows, batch_size=16, max_new_tokens=64, progress=False))[0]
+    full = predict(model, processor, rows, batch_size=16, max_new_tokens=64, progress=False)
+    exact = score(rows, full)[0]
     model,processor = load(torch.bfloat16, device)
     ours,theirs = predict(model, processor, rows, batch_size=16, max_new_tokens=64, progress=False),by_generate(model, processor, rows, 64, 1)
-    differ = sum(a!=b for a,b in zip(ours, theirs))
-    print(f"{differ} of 40 rows differ from generate's in bfloat16")
+    differ,rounded = (sum(a!=b for a,b in zip(ours, other)) for other in (theirs, full))
+    print(f"{differ} of 40 rows differ from generate's in bfloat16, {rounded} from those in float32")
     for half in (score(rows, a)[0] for a in (ours, theirs)): assert exact['low']<=half['value']<=exact['high']
-    assert differ<=8
+    assert differ<=8 and rounded<=8
 
 @pytest.mark.parametrize('bits', (8, 4))
 def test_quantised_rows_are_answered_together_as_alone(bits):

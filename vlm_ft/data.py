@@ -111,14 +111,14 @@ def reader(processor, row:dict, family):
         raise wrong(f"{' and '.join(bounds)} cannot be kept.", ', '.join(f'{k}={n}' for k,n in bounds.items())+f": {e}", "another bound for this row, or none.") from e
 
 def picture_costs(
-    row, processor,
-    family,      # or the model
+    row:dict,    # in message form
+    processor,   # as it reads the row
+    family,
     resize=None, # as for `encode`
 )->tuple:        # (sizes in pixels, costs) of its pictures
     "What a row's pictures cost, without decoding a pixel."
-    row,family = to_messages(row),as_family(family)
     sizes = [fit(image_size(src), resize) for src in pictures_of(row['messages'])]
-    return sizes,costs(sizes, reader(processor, row, family), family)
+    return sizes,costs(sizes, processor, family)
 
 def largest_picture(
     sizes:list, tokens:list, # of a row's pictures
@@ -135,8 +135,9 @@ def count_tokens(
 )->dict:         # text, image, cross (keys of cross-attention), total = text + image
     "Exactly the tokens that `encode` makes of a row, without decoding a pixel."
     row,family = to_messages(row),as_family(family)
+    processor = reader(processor, row, family)
     _,each = picture_costs(row, processor, family, resize)
-    text = len(_ids(render(row['messages'], reader(processor, row, family), family), processor)) - len(each)
+    text = len(_ids(render(row['messages'], processor, family), processor)) - len(each)
     image = sum(c.text for c in each)
     return dict(text=text, image=image, cross=sum(c.cross for c in each), total=text+image)
 

@@ -17,9 +17,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import align_special_tokens
 from .checkpoint import check_apart
-from .data import count_tokens, largest_picture, picture_costs
+from .data import count_tokens, largest_picture, picture_costs, reader
 from .loading import check_length, for_training, keep_inputs_frozen
-from .messages import DataError
+from .messages import DataError, to_messages
 from .readers import load_rows
 from .models.family import base_of, family_for, refuse_unknown
 from .features import FeatureCache, free_gib, looks_once, with_features
@@ -187,7 +187,8 @@ def _passes(self:VisionTrainer, budget:int)->TokenBatches:
     try: return TokenBatches(lengths, budget, self.args.seed if self.args.data_seed is None else self.args.data_seed)
     except DataError as e:                                                   # which picture is too large
         def named(i, text):
-            sizes,each = picture_costs(row_of(self.data_collator)(self.train_dataset[i]), self.processing_class, family_for(self.model), getattr(self.data_collator, 'resize', None))
+            row,family = to_messages(row_of(self.data_collator)(self.train_dataset[i])),family_for(self.model)
+            sizes,each = picture_costs(row, reader(self.processing_class, row, family), family, getattr(self.data_collator, 'resize', None))
             return text.replace(f"tokens_per_pass={budget}.", f"tokens_per_pass={budget}{largest_picture(sizes, [c.text+c.cross for c in each])}.", 1)
         raise DataError([(i, named(i, text)) for i,text in e.problems]) from e
 
