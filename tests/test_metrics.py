@@ -130,6 +130,26 @@ def test_fields():
     count = lambda over: rate(fields([json.dumps(t) for t in truths], [json.dumps(p) for p in said], over))
     assert (count('asked'), count('given'), count('both'))==pytest.approx((hit/asked, hit/given, 2*hit/(asked+given)))
 
+def test_f1_of_nested_answers_is_donuts():
+    "Donut's rule, as its paper's evaluation words it: keys joined by points, lists without places, each pair used up once, nothing for what is empty."
+    rng = random.Random(11)
+    def some(depth=2):
+        if depth==0: return rng.choice(['x','y','z','',None])
+        return [some(depth-1) for _ in range(rng.randint(0, 3))] if rng.random()<.4 else {k:some(depth-1) for k in rng.sample('ab', rng.randint(1, 2))}
+    def flat(v, key=''):
+        if isinstance(v, dict): return [pair for k,x in v.items() for pair in flat(x, f'{key}.{k}' if key else k)]
+        if isinstance(v, list): return [pair for x in v for pair in flat(x, key)]
+        return [(key,v)] if v else []
+    right = wrong = 0
+    pairs = [(some(),some()) for _ in range(600)]
+    for truth,said in pairs:
+        left = flat(truth)
+        for pair in flat(said):
+            if pair in left: left.remove(pair); right += 1
+            else: wrong += 1
+        wrong += len(left)
+    assert right>100 and rate(fields([json.dumps(t) for t,_ in pairs], [json.dumps(p) for _,p in pairs], 'both'))==pytest.approx(right/(right+wrong/2))
+
 def test_every_task_is_scored_and_compared():
     "Each metric of each task, from a perfect model to a silent one; a corpus in which all tasks are mixed."
     right = dict(ocr='a line', vqa='yes', vqav2='dog', docvqa='18/11', chart='12.5', extract='{"total": "9.30"}', latex=r'\frac{a}{b}', caption='a dog runs', other='text')

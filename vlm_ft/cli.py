@@ -206,15 +206,19 @@ def predict(a):
     from vlm_ft.messages import to_messages
     from vlm_ft.evaluation.generation import predict as read
     if bool(a.images)==bool(a.data): raise ValueError("Give pictures, or --data with rows.\nFound: " + ("both." if a.data else "neither."))
+    if a.resume and not a.data: raise ValueError(f"--resume keeps the answers to --data.\nFound: --resume {a.resume} and pictures.\nTry: --data with rows, or no --resume.")
     if lost := [i for i in a.images if not Path(i).is_file()]: raise FileNotFoundError(f"There is no picture {', '.join(lost)}.")
     with redirect_stdout(sys.stderr): rows = rows_of(a, a.data) if a.data else [to_messages(dict(image=i, question=a.question)) for i in a.images]
     model,processor = load(a, a.model)
-    answers = read(model, processor, rows, batch_size=a.batch, max_new_tokens=a.max_new_tokens, progress=sys.stdout.isatty())  # a pipe gets answers alone
+    shown = sys.stdout.isatty()
+    with redirect_stdout(sys.stdout if shown else sys.stderr):                                                                 # a pipe gets answers alone
+        answers = read(model, processor, rows, batch_size=a.batch, max_new_tokens=a.max_new_tokens, progress=shown, resume=a.resume)
     for answer in answers: print(answer.replace('\n', '\\n') if a.data else answer)
 
 def predict_options(p):
     p.add_argument('model', help='folder or hub id of a model or an adapter'); p.add_argument('images', nargs='*', help='picture files')
     p.add_argument('--question', default='Read the text.'); p.add_argument('--data', help='rows instead of pictures: a file, a folder, a .pdf, or owner/name:split of the hub')
+    p.add_argument('--resume', help='with --data, a .jsonl file that keeps the answers as they come; what is there is not answered again')
     row_options(p)
     p.add_argument('--batch', type=int, default=8, help='rows a pass'); p.add_argument('--max-new-tokens', type=int, help='of an answer; the default is 256, or half as long again as the longest true answer where that is more')
     model_options(p)

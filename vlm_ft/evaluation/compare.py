@@ -19,8 +19,8 @@ from ..data import pictures_of
 from ..messages import DataError
 from ..readers import load_rows
 from ..rows import JsonLines,Rows,json_file
-from .certainty import Difference,difference,interval,mean_rate,rate,ratio,yes_or_no
-from .metrics import LOWER_IS_BETTER,MEASURES,accepted_answers,buckets,counts_of,groups_of,known_metrics,metric_for,picture_of
+from .certainty import Difference,by_group,difference,interval,mean_rate,plainly,rate,ratio
+from .metrics import GRADED,LOWER_IS_BETTER,MEASURES,accepted_answers,buckets,check_scorable,counts_of,form_for,groups_of,known_metrics,metric_for,picture_of
 from .text import Normalise,clean,closest,edit_ops,refuse_rows
 from .page import cell_html,page_html,uneven
 from .report import draw_report,write_whole
@@ -154,7 +154,7 @@ class Comparison:
         self.predictions,self.cut = one_each(predictions, len(self.rows)),{name:getattr(texts, 'cut', []) for name,texts in predictions.items()}
         self.names = list(self.predictions)
         self.title = title or f"{', '.join(self.names[:-1])}{' and '*(len(self.names)>1)}{self.names[-1]} on {len(self.rows):,} rows"
-        self.lines = [dict(task=task, **self.scored(metric, rows, {name:self.counts(metric, texts, rows) for name,texts in self.predictions.items()}))
+        self.lines = [dict(task=task, **self.scored(metric, rows, {name:self.counts(metric, texts, rows, task) for name,texts in self.predictions.items()}))
                       for task in dict.fromkeys(self.tasks) for rows in [self.of(task)] for metric in self.measures(task)]
         self.judge_rows()
 
@@ -164,9 +164,13 @@ class Comparison:
         "Numbers of a task's rows."
         return [i for i,t in enumerate(self.tasks) if t==task]
 
-    def counts(self, metric:str, texts:list, rows:list)->np.ndarray:
-        "A metric's counts for some rows of a model's answers."
-        return counts_of(metric, [self.answers[i] for i in rows], [texts[i] for i in rows], self.form)
+    def counts(self, metric:str, texts:list, rows:list, task:str)->np.ndarray:
+        "A metric's counts for some rows of a model's answers, all of one task."
+        return counts_of(metric, [self.answers[i] for i in rows], [texts[i] for i in rows], self.form, task)
+
+    def form_of(self, i:int):
+        "The form in which a row's texts are compared by characters."
+        return form_for('cer', self.form, self.tasks[i])
 
     def scored(self, metric:str, rows:list, counts:dict)->dict:
         "Rate, interval and differences by one metric over some rows, from the models' counts of them."
@@ -220,7 +224,7 @@ def _few(self:Comparison, least=10)->list[str]:
     for l in (next(l for l in self.lines if l['task']==task) for task in dict.fromkeys(self.tasks)):
         for name,c in l['counts'].items():
             wrong = int((each(c)>1e-12 if l['metric'] in LOWER_IS_BETTER else each(c)<1-1e-12).sum())
-            if wrong<least and not yes_or_no(np.asarray(c), getattr(c, 'of', ratio)): out.append(f"{name} has {wrong or 'no'} wrong row{'s'*(wrong!=1)} of {l['rows']:,} by {l['metric']}: with so few, the true figure may well be worse than the interval says.")
+            if l['metric'] not in GRADED and wrong<min(least, l['rows']) and not plainly(c, by_group(c, self.groups[self.of(l['task'])].tolist())): out.append(f"{name} has {wrong or 'no'} wrong row{'s'*(wrong!=1)} of {l['rows']:,} by {l['metric']}: with so few, the true figure may well be worse than the interval says.")
     return out
 
 # %% ../../nbs/evaluation/compare.ipynb #8594d1dd
@@ -235,14 +239,18 @@ def _errors(c, name)->np.ndarray:
         for k,l in enumerate(l for l in c.lines if l['task']==task):
             share = each(l['counts'][name])
             out[c.of(task),k] = share if l['metric'] in LOWER_IS_BETTER else 1-share
-    out[:,-1] = each(c.counts('cer', c.predictions[name], range(len(c.rows))))
+        out[c.of(task),-1] = each(c.counts('cer', c.predictions[name], c.of(task), task))
     return out
+
+def _gains(before, after)->np.ndarray:
+    "What errors fell by; nothing where both are right by the main metric, however they are spelt."
+    return np.where(((np.abs(before[:,:1])<1e-12)&(np.abs(after[:,:1])<1e-12)), 0, before-after)
 
 @patch
 def judge_rows(self:Comparison):
     "`errors` of every model's rows, and the `gains` of each model over the first and what each row `became`."
     self.errors = {name:_errors(self, name) for name in self.names}
-    self.gains = {name:self.errors[self.names[0]]-self.errors[name] for name in self.names[1:]}
+    self.gains = {name:_gains(self.errors[self.names[0]], self.errors[name]) for name in self.names[1:]}
     first = lambda row: next((g for g in row if abs(g)>1e-12), 0)
     self.became = {name:['improved' if (g := first(row))>0 else 'harmed' if g<0 else 'same' for row in gains] for name,gains in self.gains.items()}
 
@@ -392,6 +400,7 @@ def compare(
     models = named(models)
     known_metrics(metrics)
     rows,labels = read_data(data, groups, limit)
+    check_scorable(rows, form, metrics)
     ready = {name:_ready(name, model, rows) for name,model in models.items()}
     if not any(isinstance(m, (str,Path)) for m in ready.values()): refuse_unknown(load, [p for p in inspect.signature(compare).parameters if p!='load'], 'compare, where no folder is loaded,')
     answers = {name:_first(m, limit) for name,m in ready.items() if isinstance(m, list) or isinstance(m, tuple) and all(isinstance(t, str) for t in m)}

@@ -8,6 +8,7 @@ __all__ = ['FENCE', 'latex_similarity', 'in_values', 'leaves', 'fields', 'Node',
 
 # %% ../../nbs/evaluation/documents.ipynb #a364a347
 import json,re
+from collections import Counter
 from functools import partial
 import numpy as np
 from .text import clean, paired, right, similarity
@@ -33,16 +34,14 @@ def in_values(
 
 def leaves(
     text:str,  # JSON, or anything else
-)->dict:       # path, a tuple of keys and indices -> text of the value
-    "Every value in a JSON text. What is not JSON is itself the one value, at the path `()`."
-    value,is_json = _read(text)
-    if not is_json: return {(): clean(text)}
-    found,todo = {},[((), value)]
+)->list:       # (path, a tuple of keys; text of the value)
+    "Every value in a JSON text that is not empty. What is not JSON is itself the one value, at the path `()`."
+    found,todo = [],[((), _read(text)[0])]
     while todo:
         path,v = todo.pop()
-        inside = list(v.items() if isinstance(v, dict) else enumerate(v) if isinstance(v, list) else ())
-        if inside: todo += [((*path,k), x) for k,x in inside][::-1]
-        else: found[path] = clean(v) if isinstance(v, str) else json.dumps(v)
+        if isinstance(v, dict): todo += [((*path,k), x) for k,x in v.items()][::-1]
+        elif isinstance(v, list): todo += [(path, x) for x in v][::-1]
+        elif word := '' if v is None else clean(v) if isinstance(v, str) else json.dumps(v): found.append((path, word))
     return found
 
 # %% ../../nbs/evaluation/documents.ipynb #ca23585e
@@ -53,11 +52,11 @@ def fields(
 )->np.ndarray:         # (n_rows, 2) right fields (twice, for F1), and fields asked for, given, or both together
     "Right fields of every row, against the accepted object that it fits best."
     def count(want, got):
-        n = sum(got.get(path)==value for path,value in want.items())
-        return {'asked':(n, len(want)), 'given':(n, len(got)), 'both':(2*n, len(want)+len(got))}
+        n = (want&got).total()
+        return {'asked':(n, want.total()), 'given':(n, got.total()), 'both':(2*n, want.total()+got.total())}
     def best(answers, p):
-        got = leaves(p) if p else {}
-        return max((count(leaves(a) if a else {}, got) for a in answers), key=lambda c: c['both'][0]/max(c['both'][1], 1))[over]
+        got = Counter(leaves(p))
+        return max((count(Counter(leaves(a)), got) for a in answers), key=lambda c: c['both'][0]/max(c['both'][1], 1))[over]
     return np.array([best(answers, p) for answers,p in zip(*paired(truths, predictions))])
 
 # %% ../../nbs/evaluation/documents.ipynb #1752f293

@@ -6,7 +6,7 @@
 __all__ = ['as_openai', 'key_for', 'EndpointError', 'ask', 'predict_endpoint']
 
 # %% ../../nbs/evaluation/endpoint.ipynb #a0b4900f
-import base64,io,json,os,sys,time,urllib.error,urllib.request
+import base64,http.client,io,json,os,sys,time,urllib.error,urllib.request
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from urllib.parse import urlsplit
 from PIL import Image
@@ -50,11 +50,13 @@ def ask(
             said = choice['message']['content'] or ''
             return said if isinstance(said, str) else ''.join(p.get('text') or '' for p in said), choice.get('finish_reason')!='length'
         except urllib.error.HTTPError as e:
-            found = f"HTTP {e.code}: {e.read()[:300].decode('utf-8', 'replace')}"
+            try: words = e.read()
+            except (OSError, http.client.HTTPException) as broken: words = getattr(broken, 'partial', b'')
+            found = f"HTTP {e.code}: {words[:300].decode('utf-8', 'replace')}"
             if e.code==401 and 'Authorization' not in headers and os.environ.get('OPENAI_API_KEY'): found += f"\n(It was told no key: OPENAI_API_KEY is for the address in OPENAI_BASE_URL, {os.environ.get('OPENAI_BASE_URL') or 'which is not set'}.)"
             if e.code not in (408,409,429) and e.code<500: raise EndpointError(found) from e
             if (asked := e.headers.get('Retry-After', '')).isdigit(): wait = float(asked)
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as e: found = f"{type(e).__name__}: {e}"
+        except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as e: found = f"{type(e).__name__}: {e}"
         if attempt<retries: time.sleep(wait)
     raise EndpointError(f"{found} (asked {retries+1} times)")
 

@@ -12,7 +12,7 @@ import base64,hashlib
 from html import escape
 from ..data import pictures_of
 from ..messages import DataError
-from .metrics import LOWER_IS_BETTER
+from .metrics import GRADED,LOWER_IS_BETTER
 from .report import data_uri,marks,thumbnail,visible
 from .text import clean
 
@@ -216,7 +216,7 @@ def did(c, name:str, i:int)->str:
     errors = c.errors[name][i]
     if i in c.cut[name]: return f'<span>CER {errors[-1]:.2f}, cut</span>'
     if errors[-1]==0: return '<span class="good">✓ exact</span>'
-    return '<span class="good">✓ accepted</span>' if abs(errors[0])<1e-9 else f'<span>CER {errors[-1]:.2f}</span>'
+    return '<span class="good">✓ accepted</span>' if abs(errors[0])<1e-9 and c.measures(c.tasks[i])[0] not in GRADED else f'<span>CER {errors[-1]:.2f}</span>'
 
 # %% ../../nbs/evaluation/page.ipynb #c8102996
 class Thumbnails:
@@ -261,21 +261,22 @@ def row_html(
     "One row: pictures, truth and answers."
     strip = all(wide for _,wide in images)
     question = ' '.join(p['text'] for m in c.rows[i]['messages'] if m['role']=='user' for p in m['content'] if p['type']=='text')
-    def text(name, html, note=''):
+    def text(name, html, mark='', note=''):
         scrolled = f' tabindex="0" role="region" aria-label="{escape(name)}, row {i}"' if len(html)>700 else ''
-        return f'<div><h4><span class="name">{name if note or name=="truth" else escape(name)}</span>{note}</h4><p class="text" dir="auto"{scrolled}>{html}</p></div>'
+        return f'<div><h4><span class="name">{mark}{escape(name)}</span>{note}</h4><p class="text" dir="auto"{scrolled}>{html}</p></div>'
     changes = {n:c.became[n][i] for n in c.names[1:]}
     word = dict(improved='<span class="tag good">▲ improved</span>', harmed='<span class="tag bad">▼ harmed</span>', same='<span class="tag soft">= same</span>')
     tags = ' '.join((f'<span class="soft">{escape(n)}</span> ' if len(changes)>1 else '')+word[k] for n,k in changes.items())
     truth = text('truth', '<span class="soft"> or </span>'.join(escape(visible(a)) for a in c.answers[i]))
-    said = ''.join(text(f'{shape(k)}{escape(n)}', marked_html(c.answers[i], c.predictions[n][i], c.form), did(c, n, i)) for k,n in enumerate(c.names))
+    said = ''.join(text(n, marked_html(c.answers[i], c.predictions[n][i], c.form_of(i)), shape(k), did(c, n, i)) for k,n in enumerate(c.names))
+    plain = '\n'.join([question, *c.answers[i], *(c.predictions[n][i] for n in c.names)])             # what a search finds: the marks stand within words
     figure = f'<figure>{"".join(t for t,_ in images)}</figure>' if images else ''
-    return (f'<article id="row-{i}" tabindex="-1" class="{"strip" if strip else "beside"}" data-task="{escape(c.tasks[i])}" data-became="{" ".join(sorted(set(changes.values())))}" data-rank="{" ".join(map(str, ranks))}">'
+    return (f'<article id="row-{i}" tabindex="-1" class="{"strip" if strip else "beside"}" data-task="{escape(c.tasks[i])}" data-became="{" ".join(sorted(set(changes.values())))}" data-rank="{" ".join(map(str, ranks))}" data-text="{escape(visible(plain))}">'
             f'<header><h3><span class="soft">row {i} · {escape(c.tasks[i])}</span> {escape(visible(question))}</h3><span>{tags}</span></header>{figure}<div class="texts">{truth}{said}</div></article>')
 
 # %% ../../nbs/evaluation/page.ipynb #667383ca
 SCRIPT = """
-const $=s=>document.querySelector(s), tools=$('.tools'), box=$('#rows'), all=[...box.children], text=new Map(all.map(a=>[a,a.textContent.toLowerCase()]));
+const $=s=>document.querySelector(s), tools=$('.tools'), box=$('#rows'), all=[...box.children], text=new Map(all.map(a=>[a,(a.querySelector('header').textContent+'\\n'+a.dataset.text).toLowerCase()]));
 const order=$('#order'), task=$('#task'), became=$('#became'), search=$('#search'), count=$('#count');
 const seen=()=>[...box.children].filter(a=>!a.hidden);
 function show(sorted){

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 import torch
 from ..checkpoint import check_folder, find
-from .metrics import LOWER_IS_BETTER, differences, groups_of, known_metrics, metric_for, name_of, score
+from .metrics import LOWER_IS_BETTER, accepted_answers, differences, groups_of, known_metrics, metric_for, name_of, score
 from .compare import grid
 from .report import write_whole
 from .text import clean
@@ -73,7 +73,8 @@ def answer_logprobs(
     base,family,out = base_of(model),family_for(model),[]
     with at_rest(base):
         for row in rows:
-            if sum(map(len, out))>=most or row['messages'][-1]['role']!='assistant': break
+            if sum(map(len, out))>=most: break
+            if row['messages'][-1]['role']!='assistant': row = {**row, 'messages':[*row['messages'], dict(role='assistant', content=accepted_answers(row)[0])]}
             batch = pad_batch([encode(row, processor, family)], family, 0)
             at = batch.pop('labels')[0,1:]!=-100
             out.append(base(**to_device(batch, base), use_cache=False).logits[0,:-1][at.to(base.device)].float().log_softmax(-1).cpu())
@@ -129,8 +130,10 @@ def measure_apart(
     with tempfile.TemporaryDirectory() as d:
         (Path(d)/'job.pkl').write_bytes(pickle.dumps({**job, 'threads':torch.get_num_threads()}))
         done = subprocess.run([sys.executable, '-c', _CHILD, str(Path(vlm_ft.__file__).parents[1]), d], capture_output=True, text=True)
-        if done.returncode: raise NotMeasured(f"{job['folder']} could not be measured in precision {job['precision']}.\nFound: " + '\n'.join((done.stderr.strip() or f'exit status {done.returncode}').splitlines()[-4:])
-                                               + "\nTry: fewer rows in a batch, or leave this precision out.")
+        if done.returncode:
+            said = [l for l in done.stderr.replace('\r', '\n').splitlines() if l.strip() and '%|' not in l][-4:]     # without bars of progress
+            if done.returncode<0 or not said: said.append(f"killed by signal {-done.returncode}{', as a rule for want of memory'*(done.returncode==-9)}" if done.returncode<0 else f'exit status {done.returncode}')
+            raise NotMeasured(f"{job['folder']} could not be measured in precision {job['precision']}.\nFound: " + '\n'.join(said) + "\nTry: fewer rows in a batch, or leave this precision out.")
         return json.loads((Path(d)/'figures.json').read_text())
 
 # %% ../../nbs/evaluation/precision.ipynb #652ac32b
@@ -218,7 +221,7 @@ def compare_precisions(
     say=None,           # told of each line as it is there, such as `print`
 )->Precisions:
     "Metric, size, peak memory and speed of checkpoints in each precision, each in a process of its own."
-    folders,ways = folder if isinstance(folder, dict) else {Path(folder).name:folder},[precision_named(b) for b in bits]
+    folders,ways = folder if isinstance(folder, dict) else {Path(folder).name:folder},sorted(dict.fromkeys(map(precision_named, bits)), key=lambda p: -p.bits)   # the others are compared with the first
     known_metrics(metrics)
     how = dict(groups=groups_of(rows, groups), form=form, metrics=metrics)
     _metrics(rows, ['']*len(rows), **how)               # rows without answers are refused now

@@ -19,7 +19,7 @@ class Normalise:
     "What is made alike before texts are compared; called on a text."
     unicode:str = 'NFC'       # 'NFC'; 'NFKC': also 'ﬁ' as 'fi', '²' as '2', 'ſ' as 's'
     case:bool = True          # False: without case (Unicode case folding, 'ß' as 'ss')
-    punctuation:bool = True   # False: without it (Unicode's categories P*)
+    punctuation:bool = True   # False: without it (Unicode's categories P*), but between two digits
     space:str = 'outer'       # what is ignored: 'outer' white space, 'runs' of it too, or 'all'
 
     def __post_init__(self):
@@ -29,7 +29,7 @@ class Normalise:
     def __call__(self, text:str)->str:
         text = unicodedata.normalize(self.unicode, text)
         if not self.case: text = unicodedata.normalize(self.unicode, text.casefold())
-        if not self.punctuation: text = ''.join(c for c in text if not unicodedata.category(c).startswith('P'))
+        if not self.punctuation: text = ''.join(c for a,c,b in zip(' '+text, text, text[1:]+' ') if not unicodedata.category(c).startswith('P') or a.isdigit() and b.isdigit())
         return text.strip() if self.space=='outer' else (' ' if self.space=='runs' else '').join(text.split())
 
     def __str__(self):
@@ -131,7 +131,7 @@ def edit_ops(
     form=clean, # what is made alike before
 )->list:        # (kind, piece of the truth, piece of the prediction); kind: 'equal', 'substitute', 'delete' or 'insert'
     "The fewest edits that make `prediction` out of `truth`, both in one form, as pieces in order."
-    truth,prediction = form(truth),form(prediction)
+    truth,prediction = form(truth).strip(),form(prediction).strip()      # as jiwer counts them, whatever the form does
     chunks = jiwer.process_characters(truth, prediction).alignments[0]
     return [(c.type, truth[c.ref_start_idx:c.ref_end_idx], prediction[c.hyp_start_idx:c.hyp_end_idx]) for c in chunks]
 
