@@ -141,7 +141,7 @@ def test_f1_of_nested_answers_is_donuts():
         if isinstance(v, list): return [pair for x in v for pair in flat(x, key)]
         return [(key,v)] if v else []
     right = wrong = 0
-    pairs = [(some(),some()) for _ in range(600)]
+    pairs = [(some(),some()) for _ in range(1500)]
     for truth,said in pairs:
         left = flat(truth)
         for pair in flat(said):
