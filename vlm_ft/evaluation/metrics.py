@@ -52,7 +52,7 @@ def form_for(
     "The form, as far as it suits the metric and what such rows hold."
     kind = (task or '').split('/')[0]
     if metric in _OWN or kind=='latex': return clean
-    if metric in _JSON or kind=='extract' and form is not clean: return partial(in_values, form=form)
+    if metric in _JSON or kind=='extract' and form!=clean: return partial(in_values, form=form)
     return replace(form, space='runs') if metric in _WORDS and getattr(form, 'space', None)=='all' else form
 
 def counts_of(
